@@ -1,0 +1,1118 @@
+"""The coordinator: waits on pipes and sentinels, feeds the scheduler, carries out its decisions.
+
+One thread per pool runs the loop. All state is changed under one lock, and nothing is done under it that could
+wait: no send, no pickling, no user code. Whoever is handed a slot with a batch by the scheduler sends it, be it the
+loop or the thread that submitted: meanwhile `Worker.sending` is set, and the slot's memory is that thread's alone.
+A death that is noticed then is dealt with when the sender is done.
+
+Sinks of results (`_results.py`) are settled by the loop without the lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
+from typing import Any, Final, NamedTuple
+
+from .._buffers import raw_bytes
+from .._reaper import clean
+from ..errors import PoolError, TaskTimeoutError, TransportError, WorkerCrashed, WorkerStartError
+from ._messages import Done, Forget, GarbageError, Grant, Need, Ready, Released, Run, StartFailed
+from ._pipe import keep_from_children
+from ._regions import RegionStore, StoredRegion, StoreFullError
+from ._results import MapJob
+from ._scheduler import Batch, Chunk, Job, Scheduler, SlotState, State
+from ._server import PIPE_CLOSED
+from ._slot import PAYLOAD_MAX, Entry, Mode, Outcome, Phase, RecordError, Reference, RemoteError
+from ._transport import Place, pack, pack_batch, read_parcel, unpack
+from ._waiter import CAN_TALK, Waiter
+from ._worker import Obituary, Worker, WorkerSettings
+
+__all__ = ["ClosedError", "Coordinator", "WorkerStats"]
+
+logger = logging.getLogger("portshm")
+logger.addHandler(logging.NullHandler())
+
+# Starts that fail one after the other, over the whole pool, before we stop trying: where no worker has ever been
+# ready, and where one has, so that it is not the initializer. The latter are made at growing distances.
+_MAX_START_FAILURES: Final = 5
+_MAX_LATER_FAILURES: Final = 20
+
+# Seconds between SIGTERM and SIGKILL, for processes that have something to do at their end.
+_GRACE: Final = 0.2
+
+# A process that died idle within this many seconds of its start is replaced only after as long again.
+_QUICK_DEATH: Final = 0.5
+
+_WAKE: Final = "wake"
+
+# Bytes of payload beyond which a batch of several elements is cut.
+_LARGE_BATCH: Final = 1 << 20
+
+# Nanoseconds that a batch of a job of unknown pace may take before the worker gives back the rest of it.
+_PROBE_NS: Final = 200_000
+
+
+class WorkerStats(NamedTuple):
+    """One worker, seen without asking it."""
+
+    pid: int | None
+    state: str  # "starting", "idle", "busy" or "retiring"
+    tasks_done: int  # elements finished by this slot's processes, the present batch's included
+    running: float | None  # seconds since the present element started; None if none is executing
+    restarts: int
+    shared_bytes: int
+
+
+class PackedFunction(NamedTuple):
+    """The function of a map as it is sent: pickled, or in a region of the store if it is large."""
+
+    pickled: bytes | None
+    stored: StoredRegion | None
+    places: tuple[Place, ...] = ()
+
+
+class ClosedError(Exception):
+    """Submitted after `close`."""
+
+
+class _UnsendableError(Exception):
+    """Elements of a batch (by position) that cannot be pickled."""
+
+    def __init__(self, failed: dict[int, BaseException]) -> None:
+        self.failed = failed
+
+
+class _NoRoomError(Exception):
+    """The store is full for now; other batches will give space back."""
+
+
+class Coordinator:
+    """The engine under both faces."""
+
+    def __init__(
+        self,
+        processes: int,
+        settings: WorkerSettings,
+        *,
+        max_tasks: int | None = None,
+        start_timeout: float = 60.0,
+        max_shared_bytes: int | None = None,
+        on_demand: bool = False,
+    ) -> None:
+        self.max_tasks = max_tasks
+        self._pid = os.getpid()
+        self._scheduler = Scheduler(processes, max_tasks)
+        # Reentrant, because a garbage collection under it may end our own pool, whose destructor closes us.
+        self._lock = threading.RLock()
+        self._store = RegionStore(settings.backend, max_shared_bytes)
+        self._start_timeout = start_timeout
+        self._waiter = Waiter()
+        self._wake_reader, self._wake_writer = multiprocessing.Pipe(duplex=False)
+        life_reader, self._life_writer = multiprocessing.Pipe(duplex=False)
+        self._life_reader = life_reader
+        for end in (self._wake_reader, self._wake_writer, self._life_writer):
+            keep_from_children(end)
+        self._waiter.add(self._wake_reader, _WAKE)
+        self._awake = False
+        self._jobs: set[MapJob] = set()
+        self._callbacks: queue.SimpleQueue[Callable[[], None] | None] | None = None
+        self._callback_thread: threading.Thread | None = None
+        self._start_failures = 0
+        self._proven = False  # a worker has been ready
+        self._restart_at: dict[int, float] = {}
+        self._deferred: list[Worker] = []  # died while somebody was sending to them
+        self._starved = False  # a batch went back to the queue for want of room in the store
+        self._ending = False  # one of: closing, terminating, broken
+        self._terminating = False
+        self._timed = True  # there may be a deadline to be kept
+        self._reason = "the pool was terminated"
+        self.broken: BaseException | None = None
+        self._settings = settings
+        self._workers: list[Worker] = []
+        self._on_demand = on_demand
+        self._unstarted: list[Worker] = []  # without a process until there is work for one, if they start on demand
+        self._starting = threading.Lock()  # held by whoever starts those
+        self.at_end: Callable[[], object] | None = None
+        self._thread = threading.Thread(target=self._run, name="portshm-coordinator", daemon=True)
+        self._started = False
+
+    # -- for the faces, from any thread
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a forked child, where the engine is a dead copy of the parent's."""
+        return self._pid != os.getpid()
+
+    def start(self) -> None:
+        """Start the workers and the loop. The first time only."""
+        with self._lock:
+            if self._started:
+                return
+            self._started = True
+            # What pools before us left behind, if they were killed; it may be the very room that we need.
+            clean()
+            try:
+                for slot in self._scheduler.slots:
+                    self._workers.append(Worker(slot.id, self._settings, self._life_reader))
+            except BaseException:
+                self._terminating = True
+                self._release()
+                raise
+        try:
+            if self._on_demand:
+                self._unstarted = self._workers[::-1]
+            else:
+                for worker in self._workers:
+                    self._launch(worker)
+            self._thread.start()
+        except BaseException:
+            self._terminating = self._ending = True
+            self._end_processes()
+            self._release()
+            raise
+
+    @property
+    def closing(self) -> bool:
+        return self._scheduler.closing or self._terminating
+
+    def submit(self, entry: Job | Chunk) -> None:
+        """Queue a call or a chunk; sent from this very thread if a worker is idle. ClosedError after `close`."""
+        with self._lock:
+            # While we are closing chunks may still come: their map began before that.
+            refused = self._ending and (self._ends_now or isinstance(entry, Job))
+            slot = None if refused else self._scheduler.submit(entry)
+            if slot is not None:
+                self._workers[slot.id].sending = True
+        if slot is not None:
+            self._send(slot)
+            if self._scheduler.can_assign:
+                self._send_leftovers()  # there is enough for others who are idle
+        elif refused:
+            if not self._ends_now:
+                raise ClosedError
+            self._settle_all([entry], self._end_error())
+        if self._unstarted and not refused:
+            self._start_more(1 if isinstance(entry, Job) else entry.units, idle=slot is not None)
+
+    def call(self, call: Job) -> None:
+        """Submit a call for which this thread has nothing to do but wait; it has ended, or soon will have.
+
+        If a worker is idle, this thread talks to it directly: with the loop between them there would be a change of
+        thread more on the way back, which costs as much as the way to the worker and back.
+        """
+        with self._lock:
+            talk = CAN_TALK and not self._ending and self._scheduler.has_idle and call.timeout is None
+            slot = self._scheduler.submit(call) if talk else None
+            if slot is not None:
+                worker = self._workers[slot.id]
+                worker.sending = True
+                talk = worker.reading.acquire(blocking=False)
+        if slot is None:
+            if not talk:
+                self.submit(call)
+        elif talk:
+            self._talk(worker, slot)
+        else:
+            self._send(slot)
+
+    def _talk(self, worker: Worker, slot: SlotState) -> None:
+        """Send the slot's batch and take the answer, in this thread, which holds `worker.reading`.
+
+        What interrupts it (Ctrl-C) may do so anywhere: then the worker is killed, and its death puts all in order.
+        """
+        batch = slot.batch
+        try:
+            self._detach(worker)
+            self._send(slot, attach=False)
+            while slot.batch is batch and not worker.deaf and worker.hear():
+                self._take(worker)
+        except BaseException:
+            worker.kill()
+            raise
+        finally:
+            with self._lock:
+                worker.reading.release()
+                if died := worker.died:
+                    worker.died = False
+                    self._deferred.append(worker)
+            if died:
+                self.wake()
+            elif slot.batch is not None:  # the loop's again; an idle one stays detached for the next call
+                self._attach(worker)
+                self.wake()
+
+    def _attach(self, worker: Worker) -> None:
+        with self._lock:
+            if not worker.attached and not worker.deaf and worker.pipe is not None:
+                self._waiter.add(worker.pipe, (worker, True))
+                worker.attached = True
+
+    def _detach(self, worker: Worker) -> None:
+        with self._lock:
+            if worker.attached:
+                self._waiter.remove(worker.pipe)
+                worker.attached = False
+
+    def add_job(self, job: MapJob) -> None:
+        """Have a map-like job ended, should the pool end before it."""
+        with self._lock:
+            self._jobs.add(job)
+
+    def forget(self, job: MapJob) -> None:
+        with self._lock:
+            self._jobs.discard(job)
+            packed, job.packed_function = job.packed_function, None
+            holders = [worker for worker in self._workers if job.id in worker.functions]
+            for worker in holders:
+                worker.functions.discard(job.id)
+        if packed is not None and packed.stored is not None:
+            self._store.release(packed.stored.id)
+        for worker in holders:
+            with contextlib.suppress(OSError):
+                worker.send(Forget(job.id))
+        if self._ending:
+            self.wake()  # the last job may have been what the end was waiting for, and its input may end at any time
+
+    def later(self, action: Callable[[], None]) -> None:
+        with self._lock:
+            if self._callbacks is None:
+                self._callbacks = queue.SimpleQueue()
+                thread = threading.Thread(
+                    target=_run_callbacks, args=(self._callbacks,), name="portshm-callbacks", daemon=True
+                )
+                try:
+                    thread.start()
+                except RuntimeError:  # the interpreter is exiting (3.12): here, then
+                    self._callbacks = None
+                else:
+                    self._callback_thread = thread
+            callbacks = self._callbacks
+        if callbacks is not None:
+            callbacks.put(action)
+        else:
+            action()
+
+    def close(self) -> None:
+        """Take no more; workers leave when everything queued is done."""
+        with self._lock:
+            self._scheduler.closing = self._ending = True
+            started = self._started
+            if not started:
+                self._started = self._terminating = True
+                self._release()
+        if started:
+            self.wake()
+
+    def terminate(self, reason: str = "the pool was terminated") -> None:
+        """End now: what is not finished fails with PoolError. Does not wait; `join` does."""
+        if self.inherited:
+            return
+        self._reason = reason
+        self.close()
+        self._terminating = True
+        self.wake()
+
+    def join(self) -> None:
+        """Wait until all workers and the loop have ended."""
+        if self.inherited:
+            return
+        if self._thread.ident is not None and threading.current_thread() is not self._thread:
+            self._thread.join()
+        if self._callback_thread is not None and threading.current_thread() is not self._callback_thread:
+            self._callback_thread.join()
+
+    def stop_reading(self, error: BaseException) -> None:
+        """Have maps with a `buffersize` end with what they have read: who waits for the end may take no results."""
+        with self._lock:
+            jobs = list(self._jobs)
+        for job in jobs:
+            job.stop_reading(error)
+
+    def cancel_queued(self) -> list[Job | Chunk]:
+        """Take everything out of the queue that has not been sent, nor a worker been started for."""
+        with self._lock:
+            starting = sum(
+                worker.process is not None and slot.state is State.STARTING
+                for worker, slot in zip(self._workers, self._scheduler.slots, strict=False)
+            )
+            return self._scheduler.drop_queue(keep=starting)
+
+    def wake(self) -> None:
+        """Have the loop look at the state again."""
+        if not self._awake:
+            self._awake = True
+            with contextlib.suppress(OSError):
+                self._wake_writer.send_bytes(b"")
+
+    def stats(self) -> list[WorkerStats]:
+        """Each worker's state, read from its memory; costs the worker nothing."""
+        now = time.monotonic_ns()
+        found = []
+        with self._lock:
+            for worker, slot in zip(self._workers, self._scheduler.slots, strict=True):
+                done, running = worker.tasks_done, None
+                if slot.batch is not None and not worker.slot.mem.closed:
+                    count, phase = worker.slot.progress(slot.batch.id)
+                    done += count
+                    started = worker.slot.started[0]
+                    if phase is not Phase.SENT and started:
+                        running = max(0.0, (now - started) / 1e9)
+                found.append(
+                    WorkerStats(
+                        worker.pid,
+                        slot.state.name.lower(),
+                        done,
+                        running,
+                        max(0, worker.starts - 1),
+                        0 if worker.slot.mem.closed else worker.slot.mem.size,
+                    )
+                )
+        return found
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of shared memory: the slots' and the store's."""
+        return self._store.bytes + sum(w.slot.mem.size for w in self._workers if not w.slot.mem.closed)
+
+    @property
+    def pids(self) -> list[int]:
+        return [pid for worker in self._workers if (pid := worker.pid) is not None]
+
+    @property
+    def processes(self) -> list[Any]:
+        return [process for worker in self._workers if (process := worker.process) is not None]
+
+    # -- the loop
+
+    def _run(self) -> None:
+        try:
+            while not (self._ending and self._over()):
+                self._turn()
+        except BaseException as error:  # a fault of ours: nobody may be left waiting
+            logger.exception("the coordinator failed")
+            with self._lock:
+                self.broken = self.broken or PoolError(f"the pool's coordinator failed: {error!r}")
+        finally:
+            self._finish()
+
+    def _turn(self) -> None:
+        ready = self._waiter.wait(self._wait_time() if self._timed else None)
+        died = []
+        for key in ready:
+            if key is _WAKE:
+                self._awake = False
+                with contextlib.suppress(OSError):
+                    self._wake_reader.recv_bytes()
+            else:
+                worker, is_pipe = key
+                if is_pipe:
+                    self._read(worker)
+                else:
+                    died.append(worker)
+        for worker in died:
+            self._died(worker)
+        if self._deferred:
+            with self._lock:
+                deferred, self._deferred = self._deferred, []
+            for worker in deferred:
+                self._detach(worker)
+                self._buried(worker, worker.bury())
+        if self._timed:
+            self._keep_time()
+        if self._scheduler.can_assign:
+            self._send_leftovers()
+        if self._scheduler.dropped:
+            self._count_dropped()
+        if self._scheduler.closing:
+            self._stop_idle()
+
+    @property
+    def _ends_now(self) -> bool:
+        return self._terminating or self.broken is not None
+
+    def _over(self) -> bool:
+        if self._ends_now:
+            return True
+        with self._lock:
+            return self._scheduler.closing and self._all_done() and not any(w.process for w in self._workers)
+
+    def _all_done(self) -> bool:
+        return self._scheduler.idle and not self._jobs
+
+    def _wait_time(self) -> float | None:
+        """Until the next deadline; the wait ends earlier for anything that happens."""
+        moments = list(self._restart_at.values())
+        now = time.monotonic()
+        for worker, slot in zip(self._workers, self._scheduler.slots, strict=True):
+            if worker.process is not None and slot.state is State.STARTING:
+                moments.append(worker.started_at + self._start_timeout)
+            if worker.kill_at is not None:
+                moments.append(worker.kill_at)
+            batch = slot.batch
+            if batch is not None and batch.job.timeout is not None and not worker.timed_out:
+                moments.append(self._deadline(worker, batch, now))
+        if not moments:
+            self._timed = False
+            return None
+        return max(0.0, min(moments) - now)
+
+    def _deadline(self, worker: Worker, batch: Batch, now: float) -> float:
+        assert batch.job.timeout is not None
+        _, phase = worker.slot.progress(batch.id)
+        started = worker.slot.started[0]
+        # Its clock starts when the element does; until then ask again after as long.
+        return (started / 1e9 if phase is not Phase.SENT and started else now) + batch.job.timeout
+
+    def _keep_time(self) -> None:
+        now = time.monotonic()
+        for id, moment in list(self._restart_at.items()):
+            if now >= moment:
+                del self._restart_at[id]
+                self._start_worker(self._workers[id])
+        for worker, slot in zip(self._workers, self._scheduler.slots, strict=True):
+            starting = worker.process is not None and slot.state is State.STARTING and not worker.start_error
+            if starting and now >= worker.started_at + self._start_timeout:
+                worker.start_error = f"no answer within {self._start_timeout:g} s of its start (start_timeout)"
+                worker.kill()
+            if worker.kill_at is not None and now >= worker.kill_at:
+                worker.kill_at = None
+                worker.note = "closed the pool's pipe"
+                worker.kill()
+            batch = slot.batch
+            if batch is None or batch.job.timeout is None or worker.timed_out or worker.sending:
+                continue
+            if now >= self._deadline(worker, batch, now):
+                worker.timed_out = True
+                worker.kill()
+
+    def _send_leftovers(self) -> None:
+        """Give idle workers what is left in the queue."""
+        while True:
+            with self._lock:
+                if self._starved or not self._scheduler.waiting:
+                    return
+                slot = self._scheduler.assign_idle()
+                if slot is None:
+                    return
+                self._workers[slot.id].sending = True
+            self._send(slot)
+
+    def _count_dropped(self) -> None:
+        """Have jobs that nobody wants any more end without the elements that were not sent."""
+        with self._lock:
+            dropped, self._scheduler.dropped = self._scheduler.dropped, []
+        for chunk in dropped:
+            assert isinstance(chunk.job, MapJob)
+            chunk.job.drop(len(chunk))
+
+    def _stop_idle(self) -> None:
+        with self._lock:
+            if not self._all_done():
+                return
+            leaving = [w for w in self._workers if w.ready and not w.stopped]
+            for worker in leaving:
+                worker.stopped = True
+            self._restart_at.clear()
+        for worker in leaving:
+            worker.stop()
+
+    # -- messages
+
+    def _read(self, worker: Worker) -> None:
+        """Read and take what the worker says, unless somebody is talking to it."""
+        if worker.pipe is not None and worker.reading.acquire(blocking=False):
+            try:
+                self._take(worker)
+            finally:
+                worker.reading.release()
+
+    def _take(self, worker: Worker) -> None:
+        assert worker.pipe is not None
+        try:
+            messages = worker.pipe.receive()
+        except GarbageError:
+            self._misused(worker, "wrote garbage to the pool's pipe")
+            return
+        except (EOFError, OSError):
+            # The process is about to end, or a task has closed the pipe. Without one it is no worker any more.
+            self._turn_away(worker)
+            worker.kill_at = time.monotonic() + _GRACE
+            self._timed = True
+            return
+        for message in messages:
+            if worker.deaf:
+                return
+            if isinstance(message, Done):
+                self._on_done(worker, message)
+            elif isinstance(message, Need):
+                self._on_need(worker, message)
+            elif isinstance(message, Ready):
+                self._on_ready(worker)
+            elif isinstance(message, Released):
+                self._take_back(worker, message.ids)
+            elif isinstance(message, StartFailed):
+                worker.start_error = message.text
+
+    def _turn_away(self, worker: Worker) -> None:
+        """Listen to it no longer."""
+        self._detach(worker)
+        worker.deaf = True
+
+    def _misused(self, worker: Worker, note: str) -> None:
+        """A task has done something to the worker that makes it none of ours. Its memory tells how far it was."""
+        worker.note = note
+        self._turn_away(worker)
+        worker.kill()
+
+    def _on_ready(self, worker: Worker) -> None:
+        with self._lock:
+            worker.ready = self._proven = True
+            self._start_failures = 0
+            slot = self._scheduler.slots[worker.id]
+            worker.sending = got = self._scheduler.ready(slot)
+        if got:
+            self._send(slot)
+
+    def _on_done(self, worker: Worker, done: Done) -> None:
+        slot = self._scheduler.slots[worker.id]
+        batch = slot.batch
+        if batch is None or batch.id != done.batch:
+            self._misused(worker, "wrote garbage to the pool's pipe")
+            return
+        if done.finished < 0:
+            self._on_unreadable(worker, slot)
+            return
+        try:
+            if not 0 < done.finished <= len(batch):
+                raise RecordError(f"{done.finished} of {len(batch)} elements finished")
+            record = worker.slot.outcomes(done.finished, len(batch))
+        except RecordError as error:
+            self._misused(worker, f"left a record that makes no sense: {error}")
+            return
+        self._take_back(worker, done.released)
+        with self._lock:
+            worker.tasks_done += done.finished
+            worker.sending = got = self._scheduler.done(slot, done.finished, done.elapsed / 1e9)
+            self._starved = False
+        # The worker first: what is delivered may wake threads that then want the interpreter.
+        if got:
+            self._send(slot)
+        elif slot.state is State.RETIRING:
+            worker.stop()
+        self._deliver(batch, *self._unpickled(worker, *record))
+
+    def _on_unreadable(self, worker: Worker, slot: SlotState) -> None:
+        try:
+            _, entries = worker.slot.outcomes(1, 1)
+            reason: BaseException = _rebuild(pickle.loads(entries[0].data))
+        except Exception as problem:
+            reason = problem
+        assert slot.batch is not None
+        if isinstance(slot.batch.job, MapJob):
+            worker.functions.discard(slot.batch.job.id)  # it may not have come as far as that
+        with self._lock:
+            verdict = self._scheduler.unreadable(slot)
+            worker.sending = got = self._scheduler.free(slot)
+        if verdict.culprit is not None:
+            job, index, _ = verdict.culprit
+            error = TransportError(f"the worker could not unpickle what it was to call: {reason!r}")
+            error.__cause__ = reason
+            _fail(job, index, error)
+        if got:
+            self._send(slot)
+
+    def _on_need(self, worker: Worker, need: Need) -> None:
+        try:
+            stored = self._store.acquire(need.size, force=True)
+        except Exception as error:
+            grant = Grant(0, 0, str(error))
+        else:
+            worker.granted[stored.id] = stored
+            grant = Grant(stored.id, stored.size, stored.address)
+        with contextlib.suppress(OSError):
+            worker.send(grant)
+
+    def _take_back(self, worker: Worker, ids: str) -> None:
+        """The worker has let go of regions that were sent to it."""
+        for text in ids.split(","):
+            if text.isdecimal() and (id := int(text)) in worker.regions:
+                worker.regions.remove(id)
+                self._store.release(id)
+                self._starved = False
+
+    # -- deaths
+
+    def _died(self, worker: Worker) -> None:
+        """The process has ended. First what it still said, then what it left."""
+        if worker.process is None:
+            return
+        while not worker.deaf and not worker.reading.locked() and worker.pipe is not None:
+            if not worker.pipe.connection.poll(0):
+                break
+            self._read(worker)
+        self._waiter.remove(worker.sentinel)
+        self._detach(worker)
+        with self._lock:
+            if worker.sending or worker.reading.locked():
+                worker.died = True
+                return
+        self._buried(worker, worker.bury())
+
+    def _buried(self, worker: Worker, obituary: Obituary) -> None:
+        slot = self._scheduler.slots[worker.id]
+        batch = slot.batch
+        if obituary.exitcode == PIPE_CLOSED:
+            worker.note = "closed the pool's pipe"
+        finished, phase = 0, Phase.SENT
+        record: tuple[list[Any], list[Outcome]] = [], []
+        item: Any = None
+        lost: list[tuple[Job, int, Any]] = []
+        if batch is not None:
+            finished, phase = worker.slot.progress(batch.id)
+            finished = min(finished, len(batch))
+            if worker.note and len(batch) == 1:
+                finished, phase = 0, Phase.RUNNING  # it has done that, whatever it has put on record
+            if batch.mode is Mode.VALUE:
+                with contextlib.suppress(Exception):
+                    item = worker.slot.mem.value_copy()
+            try:
+                record = worker.slot.outcomes(finished, len(batch))
+            except RecordError as error:
+                worker.note = f"left a record that makes no sense: {error}"
+                lost = [batch.owner(position) for position in range(finished)]
+        was_starting = slot.state is State.STARTING
+        retired = slot.state is State.RETIRING or worker.stopped
+        with self._lock:
+            verdict = self._scheduler.died(slot, finished, phase)
+            worker.tasks_done += finished
+            self._starved = False
+        if batch is not None:
+            self._deliver(batch, *self._unpickled(worker, *record))
+        for id in [*worker.regions, *worker.granted]:
+            self._store.release(id)
+        for job, index, arguments in [*lost, *filter(None, [verdict.culprit])]:
+            _fail(job, index, self._crash(worker, obituary, job, index, item if item is not None else arguments))
+        logger.info("worker %s ended: %s", obituary.pid, obituary.cause)
+        if was_starting:
+            if not self.closing or not self._all_done():
+                self._start_failed(worker, obituary)
+        elif not self._scheduler.closing or not self._all_done():
+            quick = batch is None and not retired and time.monotonic() - worker.started_at < _QUICK_DEATH
+            if quick:
+                self._restart_at[worker.id] = time.monotonic() + _QUICK_DEATH
+                self._timed = True
+            else:
+                self._start_worker(worker)
+
+    def _crash(self, worker: Worker, obituary: Obituary, job: Job, index: int, item: Any) -> WorkerCrashed:
+        if worker.timed_out:
+            cause = f"deadline of {job.timeout:g} s passed"
+            return TaskTimeoutError(index, item, obituary.pid, obituary.exitcode, cause, obituary.native_traceback)
+        cause = worker.note or obituary.cause
+        return WorkerCrashed(index, item, obituary.pid, obituary.exitcode, cause, obituary.native_traceback)
+
+    def _start_more(self, tasks: int, *, idle: bool) -> None:
+        """One worker more for each of so many new tasks; `idle`: a worker that was there has got the first."""
+        for _ in range(tasks - idle):
+            with self._starting:
+                with self._lock:
+                    if not self._unstarted:
+                        return
+                    worker = self._unstarted.pop()
+                self._start_worker(worker)
+            self.wake()  # it has a deadline, and on Windows the loop waits for those only that it knew of
+
+    def _launch(self, worker: Worker) -> None:
+        worker.start()
+        self._attach(worker)
+        self._waiter.add(worker.sentinel, (worker, False))
+        self._timed = True
+
+    def _start_worker(self, worker: Worker) -> None:
+        """Start it, now or later."""
+        try:
+            self._launch(worker)
+        except Exception as error:
+            logger.exception("a worker could not be started")
+            self._start_failures += 1
+            if self._start_failures >= _MAX_START_FAILURES:
+                self._break(WorkerStartError("workers cannot be started", repr(error)))
+            else:
+                self._restart_at[worker.id] = time.monotonic() + _QUICK_DEATH
+                self._timed = True
+
+    def _start_failed(self, worker: Worker, obituary: Obituary) -> None:
+        self._start_failures += 1
+        if worker.start_error:
+            self._break(WorkerStartError("the workers' initializer failed", worker.start_error))
+        elif self._start_failures >= (_MAX_LATER_FAILURES if self._proven else _MAX_START_FAILURES):
+            detail = f"the last one: pid {obituary.pid}, {obituary.cause}\n{obituary.native_traceback}"
+            self._break(
+                WorkerStartError(f"{self._start_failures} workers in a row died before they were ready", detail)
+            )
+        elif self._proven:
+            self._restart_at[worker.id] = time.monotonic() + min(1.0, 0.01 * 2**self._start_failures)
+            self._timed = True
+        else:
+            self._start_worker(worker)
+
+    def _break(self, error: WorkerStartError) -> None:
+        logger.error("%s", error)
+        with self._lock:
+            self.broken = error
+            self._ending = True
+
+    # -- sending
+
+    def _send(self, slot: SlotState, *, attach: bool = True) -> None:
+        """Pickle and send the batch of a slot that this thread was given; the next one, if this cannot be pickled."""
+        worker = self._workers[slot.id]
+        put_back = False
+        try:
+            if attach and not worker.attached:
+                self._attach(worker)
+            while (batch := slot.batch) is not None and not self._try_send(worker, slot, batch):
+                put_back = True  # some of it, which another worker may take
+        except BaseException:
+            # Ctrl-C, in a thread of the user's. Whether the worker has got the batch nobody can say now; its death
+            # puts that in order.
+            worker.kill()
+            raise
+        finally:
+            with self._lock:
+                worker.sending = False
+                if worker.died:
+                    worker.died = False
+                    self._deferred.append(worker)
+            if batch is not None and batch.job.timeout is not None:
+                self._timed = True
+                self.wake()
+            elif self._deferred or put_back:
+                self.wake()
+
+    def _try_send(self, worker: Worker, slot: SlotState, batch: Batch) -> bool:
+        """Send the batch, if it can be sent; else deal with it, and let the slot have another."""
+        try:
+            message = self._load(worker, slot, batch)
+        except _UnsendableError as error:
+            with self._lock:
+                self._scheduler.unsendable(slot, error.failed)
+                if not worker.died:
+                    self._scheduler.free(slot)
+            for position, reason in error.failed.items():
+                job, index, _ = batch.owner(position)
+                _fail(job, index, reason)
+            return False
+        except _NoRoomError:
+            with self._lock:
+                self._scheduler.unsendable(slot, ())
+                self._starved = any(other.batch is not None for other in self._scheduler.slots)
+                if not worker.died:
+                    self._scheduler.park(slot)
+            return False
+        with contextlib.suppress(OSError):  # the process is gone, which the loop will notice
+            worker.send(message)
+        return True
+
+    def _load(self, worker: Worker, slot: SlotState, batch: Batch) -> Run:
+        """Put the batch into memory. What goes wrong with it is an _UnsendableError, whatever it was."""
+        try:
+            if batch.mode is Mode.VALUE:
+                assert batch.chunk is not None
+                stored: StoredRegion | None = None
+                payload: bytes | memoryview = raw_bytes(batch.chunk.items[0])
+            else:
+                parcel = self._pack(batch)
+                if parcel.plain and len(parcel.stream) < PAYLOAD_MAX:
+                    self._scheduler.lighten(batch)
+                elif len(batch) > 1 and parcel.size > _LARGE_BATCH:
+                    # Large elements are not waited for in company.
+                    with self._lock:
+                        self._scheduler.trim(slot, max(1, len(batch) * _LARGE_BATCH // parcel.size), parcel.size)
+                    parcel = self._pack(batch)
+                payload, stored = parcel.stream, None
+            head = b"" if batch.mode is Mode.CALLS else self._function_head(worker, batch)
+            if batch.mode is not Mode.VALUE and (not parcel.plain or len(payload) > PAYLOAD_MAX):
+                stored = self._store_parcel(parcel)
+                payload = b""
+                self._entrust(worker, stored.id, parcel.places.values())
+            worker.load(batch.id, len(batch), payload, head, _PROBE_NS if batch.probe else 0)
+        except (_UnsendableError, _NoRoomError):
+            raise
+        except Exception as error:
+            raise _UnsendableError(dict.fromkeys(range(len(batch)), error)) from error
+        if stored is None:
+            return Run(batch.id, batch.mode)
+        return Run(batch.id, batch.mode, stored.id, stored.address)
+
+    def _pack(self, batch: Batch) -> Any:
+        content = batch.chunk.items if batch.chunk is not None else [call.call for call in batch.calls]
+        try:
+            return pack_batch(content, self._store)
+        except BaseException as error:
+            if len(content) == 1:
+                raise _UnsendableError({0: error}) from error
+        # Which ones are to blame?
+        failed = {}
+        for position, item in enumerate(content):
+            try:
+                pack([item], self._store)
+            except BaseException as error:
+                failed[position] = error
+        if not failed:  # each alone can be pickled: then each alone it is, whatever that was
+            raise _UnsendableError({0: PoolError("could be pickled alone, but not together with others")})
+        raise _UnsendableError(failed)
+
+    def _store_parcel(self, parcel: Any) -> StoredRegion:
+        try:
+            stored = self._store.acquire(parcel.size)
+        except StoreFullError:
+            with self._lock:
+                busy = sum(slot.batch is not None for slot in self._scheduler.slots)
+            if busy > 1:
+                raise _NoRoomError from None
+            stored = self._store.acquire(parcel.size, force=True)  # nobody else would ever make room
+        parcel.write_into(stored.view)
+        return stored
+
+    def _function_head(self, worker: Worker, batch: Batch) -> bytes:
+        job = batch.job
+        assert isinstance(job, MapJob)
+        if job.id in worker.functions:
+            return pickle.dumps((job.id, None, 0, ""), 5)
+        with self._lock:
+            packed = job.packed_function
+        if packed is None:
+            try:
+                packed = self._pack_function(job)
+            except BaseException as error:
+                raise _UnsendableError(dict.fromkeys(range(len(batch)), error)) from error
+        worker.functions.add(job.id)
+        if packed.stored is None:
+            return pickle.dumps((job.id, packed.pickled, 0, ""), 5)
+        self._store.add_user(packed.stored.id)
+        self._entrust(worker, packed.stored.id, packed.places)
+        return pickle.dumps((job.id, None, packed.stored.id, packed.stored.address), 5)
+
+    def _entrust(self, worker: Worker, id: int, places: Iterable[Place]) -> None:
+        """Note the regions that the worker holds from now on: a payload's, and those that its buffers lie in."""
+        worker.regions.append(id)
+        for place in places:
+            if place.region:
+                self._store.add_user(place.region)
+                worker.regions.append(place.region)
+
+    def _pack_function(self, job: MapJob) -> PackedFunction:
+        parcel = pack(job.function, self._store)
+        if not parcel.plain or len(parcel.stream) > PAYLOAD_MAX:
+            stored = self._store.acquire(parcel.size, force=True)
+            parcel.write_into(stored.view)
+            packed = PackedFunction(None, stored, tuple(parcel.places.values()))
+        else:
+            packed = PackedFunction(bytes(parcel.stream), None)
+        with self._lock:
+            if job.packed_function is None:
+                job.packed_function = packed
+                return packed
+            first: PackedFunction = job.packed_function
+        if packed.stored is not None:  # another thread was quicker
+            self._store.release(packed.stored.id)
+        return first
+
+    # -- results
+
+    def _unpickled(
+        self, worker: Worker, numbers: list[Any], entries: list[Outcome]
+    ) -> tuple[list[Any], list[tuple[bool, Any]]]:
+        return numbers, [self._result(worker, entry) for entry in entries]
+
+    def _result(self, worker: Worker, entry: Outcome) -> tuple[bool, Any]:
+        """(ok, result or exception) of one entry. Whatever the bytes do when they are unpickled ends here."""
+        kind, data = entry
+        try:
+            if kind is Entry.REGION:
+                reference = Reference.unpack(data)
+                if reference.kind is Entry.VALUE:
+                    return True, self._fetch(worker, reference)
+                kind, data = reference.kind, self._fetch_bytes(worker, reference)
+            if kind is Entry.VALUE:
+                return True, pickle.loads(data)
+            if kind is Entry.ERROR:
+                return False, _rebuild(pickle.loads(data))
+            return False, _Unpicklable(*pickle.loads(data))
+        except BaseException as error:
+            failure = TransportError(f"the result could not be unpickled: {error!r}")
+            failure.__cause__ = error
+            return False, failure
+
+    def _fetch(self, worker: Worker, reference: Reference) -> Any:
+        """A large result; its buffers stay where they are, for as long as the user keeps them."""
+        stored = self._granted(worker, reference)
+        try:
+            parcel = read_parcel(stored.view)
+            if not parcel.views:
+                return unpack(parcel)
+            self._store.add_user(stored.id)
+            return unpack(read_parcel(self._store.lease(stored)))
+        finally:
+            self._store.release(stored.id)
+
+    def _fetch_bytes(self, worker: Worker, reference: Reference) -> bytes:
+        stored = self._granted(worker, reference)
+        try:
+            return bytes(read_parcel(stored.view).stream)
+        finally:
+            self._store.release(stored.id)
+
+    def _granted(self, worker: Worker, reference: Reference) -> StoredRegion:
+        stored = worker.granted.pop(reference.region, None)
+        if stored is None:
+            raise RecordError(f"a reference to region {reference.region}, which was not granted")
+        return stored
+
+    def _deliver(self, batch: Batch, numbers: list[Any], outcomes: list[tuple[bool, Any]]) -> None:
+        """Settle the first elements of a batch: those with plain numbers, then those with outcomes."""
+        if batch.chunk is None:
+            for call, number in zip(batch.calls, numbers, strict=False):
+                call.settle(True, number)
+            for call, (ok, value) in zip(batch.calls[len(numbers) :], outcomes, strict=False):
+                _settle(call, ok, value)
+            return
+        job, start = batch.chunk.job, batch.chunk.start
+        assert isinstance(job, MapJob)
+        if numbers:
+            count = len(numbers)
+            job.deliver(start, numbers)
+            start += count
+        if not outcomes:
+            return
+        if all(ok for ok, _ in outcomes):
+            values = [value for _, value in outcomes]
+            outcomes.clear()  # who gets them must be the last to have them
+            job.deliver(start, values)
+            return
+        for index, (ok, value) in enumerate(outcomes, start):
+            if ok:
+                job.deliver(index, [value])
+            else:
+                _fail(job, index, value)
+
+    # -- the end
+
+    def _end_error(self) -> BaseException:
+        return self.broken if self.broken is not None else PoolError(self._reason)
+
+    def _finish(self) -> None:
+        """End all processes, fail what is left, give everything back. The last thing that happens."""
+        with self._lock:
+            self._terminating = True
+            self._unstarted = []
+        with self._starting:
+            pass  # whoever is about to start one has done so
+        self._end_processes()
+        error = self._end_error()
+        with self._lock:
+            entries = self._scheduler.drop_queue()
+            for slot in self._scheduler.slots:
+                if slot.batch is not None:
+                    entries += slot.batch.rest(0)
+                    slot.batch = None
+            jobs, self._jobs = self._jobs, set()
+        self._settle_all(entries, error)
+        for job in jobs:
+            job.abort(error)
+        self._release()
+
+    def _release(self) -> None:
+        """Give everything back to the system."""
+        for worker in self._workers:
+            worker.close()
+        self._store.close()
+        self._waiter.close()
+        self._close_pipes()
+        if self._callbacks is not None:
+            self._callbacks.put(None)
+        at_end, self.at_end = self.at_end, None  # it refers to us
+        if at_end is not None:
+            at_end()
+
+    def _end_processes(self) -> None:
+        alive = [worker for worker in self._workers if worker.process is not None]
+        for worker in alive:
+            worker.terminate()
+        deadline = time.monotonic() + _GRACE
+        sentinels = {worker.sentinel: worker for worker in alive}
+        while sentinels and (left := deadline - time.monotonic()) > 0:
+            for sentinel in multiprocessing.connection.wait(list(sentinels), left):
+                del sentinels[sentinel]  # type: ignore[arg-type]
+        for worker in sentinels.values():
+            worker.kill()
+        for worker in alive:
+            worker.bury()
+
+    def _close_pipes(self) -> None:
+        for end in (self._wake_reader, self._wake_writer, self._life_reader, self._life_writer):
+            end.close()
+
+    def _settle_all(self, entries: list[Job | Chunk], error: BaseException) -> None:
+        for entry in entries:
+            if isinstance(entry, Chunk):
+                assert isinstance(entry.job, MapJob)
+                entry.job.abort(error)
+            else:
+                _settle(entry, False, error)
+
+
+class _Unpicklable:
+    """A result that could not be pickled, as the worker describes it; each face has its own exception for it."""
+
+    def __init__(self, value: str, reason: RemoteError) -> None:
+        self.value = value
+        self.reason = _rebuild(reason)
+
+
+def _settle(call: Job, ok: bool, value: Any) -> None:
+    if isinstance(value, _Unpicklable):
+        value = call.unpicklable(value.value, value.reason)
+    call.settle(ok, value)
+
+
+def _fail(job: Job, index: int, error: Any) -> None:
+    if not isinstance(job, MapJob):
+        _settle(job, False, error)
+        return
+    if isinstance(error, _Unpicklable):
+        error = job.unpicklable(error.value, error.reason)
+    job.fail(index, error)
+
+
+def _rebuild(remote: RemoteError) -> BaseException:
+    """The task's exception with the worker's traceback as its cause, or the next best thing."""
+    error: Any = None
+    if remote.pickled is not None:
+        try:
+            error = pickle.loads(remote.pickled)
+        except BaseException as reason:
+            error = TransportError(f"the task raised {remote.text}, which cannot be rebuilt here: {reason!r}")
+    if not isinstance(error, BaseException):
+        error = TransportError(f"the task raised {remote.text}, which cannot be pickled")
+    error.__cause__ = RemoteTraceback(f'\n"""\n{remote.traceback}"""')
+    return error  # type: ignore[no-any-return]
+
+
+def _run_callbacks(actions: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (action := actions.get()) is not None:
+        try:
+            action()
+        except BaseException:
+            logger.exception("a callback failed")

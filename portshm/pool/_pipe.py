@@ -1,0 +1,103 @@
+"""Pipe ends: raw reads that never block on half a message, and ends that forked children give up.
+
+A worker notices its coordinator's death by end-of-file, and end-of-file comes only when *nobody* holds the other
+end any more. Under fork every child inherits every descriptor: later workers, workers of other pools, and whatever
+the user forks. So all ends that belong to the parent's side are closed in every forked child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ._messages import Message, decode, encode
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import _ConnectionBase
+
+    # Connection or, on Windows, PipeConnection.
+    AnyConnection: TypeAlias = _ConnectionBase[Any, Any]
+
+__all__ = ["PipeEnd", "keep_from_children"]
+
+_CHUNK = 1 << 16
+
+_not_for_children: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def keep_from_children(connection: Any) -> None:
+    """Have `connection` (anything with `close`) closed in every child that is forked from now on."""
+    _not_for_children.add(connection)
+
+
+def _close_in_child() -> None:
+    for connection in list(_not_for_children):
+        with contextlib.suppress(OSError):
+            connection.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+class PipeEnd:
+    """One end of a duplex pipe that carries messages.
+
+    The connection is multiprocessing's, so it travels to a child under every start method; its own framing is not
+    used on POSIX, because `recv_bytes` blocks for the rest of a message whose length a wild task made up.
+    """
+
+    def __init__(self, connection: AnyConnection) -> None:
+        self.connection = connection
+        self._buffer = bytearray()
+
+    def fileno(self) -> int:
+        return self.connection.fileno()
+
+    def is_open(self) -> bool:
+        """Whether the descriptor is still there. Costs a fraction of a microsecond."""
+        if sys.platform == "win32":
+            return True
+        try:
+            os.get_inheritable(self.connection.fileno())
+        except OSError:
+            return False
+        return True
+
+    def send(self, message: Message) -> None:
+        """Send; OSError if the other side is gone. Frames are far smaller than any pipe's buffer."""
+        data = memoryview(encode(message))
+        if sys.platform == "win32":
+            self.connection.send_bytes(data)
+        else:
+            while data:
+                data = data[os.write(self.connection.fileno(), data) :]
+
+    def receive(self) -> list[Message]:
+        """All whole messages after one read, which blocks only if there is nothing at all.
+
+        Raises:
+            EOFError: the other side is gone.
+            GarbageError: something else than a message came.
+        """
+        if sys.platform == "win32":
+            data = self.connection.recv_bytes(_CHUNK * 2)
+        else:
+            try:
+                data = os.read(self.connection.fileno(), _CHUNK)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                raise EOFError
+        self._buffer += data
+        messages = []
+        while (message := decode(self._buffer)) is not None:
+            messages.append(message)
+        return messages
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.close()

@@ -1,0 +1,395 @@
+"""Pool: `multiprocessing.pool.Pool`'s signature over our engine."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import multiprocessing
+import multiprocessing.util
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .._backends import Backend
+from ._coordinator import Coordinator, WorkerStats
+from ._results import AsyncResult, IMapIterator, IMapJob, IMapUnorderedJob, MapResult, OnCrash
+from ._scheduler import Chunk
+from ._slot import Mode
+from ._waiter import MAX_WORKERS
+from ._worker import WorkerSettings
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Pool", "check_options", "default_processes", "end_engine", "feed", "when_exiting"]
+
+T = TypeVar("T")
+
+_RUN, _CLOSE, _TERMINATE = "RUN", "CLOSE", "TERMINATE"
+
+
+def default_processes() -> int:
+    """As many as this process may use processors, as the standard library's pool of this Python counts them."""
+    count = getattr(os, "process_cpu_count", os.cpu_count)() or 1
+    return min(count, MAX_WORKERS or count)
+
+
+def check_options(processes: int, task_timeout: float | None, retries: int, on_crash: str) -> None:
+    """ValueError for what no pool can be made with."""
+    if processes < 1:
+        raise ValueError("Number of processes must be at least 1")
+    if MAX_WORKERS is not None and processes > MAX_WORKERS:
+        raise ValueError(f"{processes} processes: this system can wait for at most {MAX_WORKERS}")
+    if task_timeout is not None and not task_timeout > 0:
+        raise ValueError(f"task_timeout must be positive seconds or None, not {task_timeout!r}")
+    if retries < 0:
+        raise ValueError(f"retries must be 0 or more, not {retries!r}")
+    if on_crash not in ("raise", "return"):
+        raise ValueError(f"on_crash must be 'raise' or 'return', not {on_crash!r}")
+
+
+class Pool:
+    """A drop-in for `multiprocessing.Pool` in which a crash costs one task.
+
+    Args:
+        processes: number of workers; the number of usable processors if None.
+        initializer: called with `initargs` in each worker before its first task. Where it raises or does not
+            return, the pool is broken and everything fails with `WorkerStartError`.
+        maxtasksperchild: tasks (chunks, for maps) after which a worker is replaced.
+        context: a multiprocessing context; the default start method if None.
+        backend: where the shared memory is: ``"auto"``, ``"file"`` or ``"named"``.
+        task_timeout: seconds that one element may take, from its own start; then its worker is killed and it fails
+            with `TaskTimeoutError`. None for no limit.
+        retries: how often an element that killed its worker is run again, alone in a fresh worker.
+        on_crash: ``"raise"`` a `WorkerCrashed`, or ``"return"`` it in the element's place.
+        start_timeout: seconds a worker may take to be ready for work.
+        max_shared_bytes: bound on the bytes of large arguments and results in shared memory; None for none.
+    """
+
+    def __init__(
+        self,
+        processes: int | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: Iterable[Any] = (),
+        maxtasksperchild: int | None = None,
+        context: BaseContext | None = None,
+        *,
+        backend: Backend = "auto",
+        task_timeout: float | None = None,
+        retries: int = 0,
+        on_crash: OnCrash = "raise",
+        start_timeout: float = 60.0,
+        max_shared_bytes: int | None = None,
+    ) -> None:
+        self._state = "INIT"  # what __del__ finds if we raise
+        self._ctx = context or multiprocessing.get_context()
+        self._processes = default_processes() if processes is None else processes
+        check_options(self._processes, task_timeout, retries, on_crash)
+        if maxtasksperchild is not None and (not isinstance(maxtasksperchild, int) or maxtasksperchild <= 0):
+            raise ValueError("maxtasksperchild must be a positive int or None")
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        self._timeout = task_timeout
+        self._retries = retries
+        self._on_crash: OnCrash = on_crash
+        settings = WorkerSettings(self._ctx, backend, initializer, tuple(initargs), "PoolWorker")
+        self._engine = Coordinator(
+            self._processes,
+            settings,
+            max_tasks=maxtasksperchild,
+            start_timeout=start_timeout,
+            max_shared_bytes=max_shared_bytes,
+        )
+        when_exiting(end_engine, self._engine)
+        self._engine.start()
+        self._state = _RUN
+
+    # -- single calls
+
+    def apply(
+        self, func: Callable[..., T], args: Iterable[Any] = (), kwds: dict[str, Any] | None = None,
+        *, timeout: float | None = None,
+    ) -> T:  # fmt: skip
+        """Call ``func(*args, **kwds)`` in a worker and return its result. `timeout` as the pool's `task_timeout`."""
+        result = self._single(func, args, kwds, None, None, timeout)
+        self._engine.call(result)
+        return result.get()
+
+    def apply_async(
+        self,
+        func: Callable[..., T],
+        args: Iterable[Any] = (),
+        kwds: dict[str, Any] | None = None,
+        callback: Callable[[T], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> AsyncResult[T]:
+        """`apply` that returns at once. Callbacks run on a thread of their own."""
+        result = self._single(func, args, kwds, callback, error_callback, timeout)
+        self._engine.submit(result)
+        return result
+
+    def _single(
+        self, func: Callable[..., T], args: Iterable[Any], kwds: dict[str, Any] | None,
+        callback: Any, error_callback: Any, timeout: float | None,
+    ) -> AsyncResult[T]:  # fmt: skip
+        if self._state != _RUN:
+            raise ValueError("Pool not running")
+        result = AsyncResult(
+            func, args if type(args) is tuple else tuple(args), {} if kwds is None else kwds, self._engine,
+            callback, error_callback, self._on_crash, self._timeout if timeout is None else timeout, self._retries,
+        )  # fmt: skip
+        result.keeps = self
+        return result
+
+    # -- maps
+
+    def map(
+        self, func: Callable[[Any], T], iterable: Iterable[Any], chunksize: int | None = None,
+        *, timeout: float | None = None,
+    ) -> list[T]:  # fmt: skip
+        """The results of ``func(item)`` for each item, in order. `timeout` (seconds) is per element."""
+        return self._map(func, iterable, Mode.MAP, chunksize, timeout=timeout).get()
+
+    def map_async(
+        self,
+        func: Callable[[Any], Any],
+        iterable: Iterable[Any],
+        chunksize: int | None = None,
+        callback: Callable[[list[Any]], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> MapResult:
+        """`map` that returns at once."""
+        return self._map(func, iterable, Mode.MAP, chunksize, callback, error_callback, timeout)
+
+    def starmap(
+        self, func: Callable[..., T], iterable: Iterable[Iterable[Any]], chunksize: int | None = None,
+        *, timeout: float | None = None,
+    ) -> list[T]:  # fmt: skip
+        """The results of ``func(*item)`` for each item, in order. `timeout` (seconds) is per element."""
+        return self._map(func, iterable, Mode.STARMAP, chunksize, timeout=timeout).get()
+
+    def starmap_async(
+        self,
+        func: Callable[..., Any],
+        iterable: Iterable[Iterable[Any]],
+        chunksize: int | None = None,
+        callback: Callable[[list[Any]], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> MapResult:
+        """`starmap` that returns at once."""
+        return self._map(func, iterable, Mode.STARMAP, chunksize, callback, error_callback, timeout)
+
+    def imap(
+        self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int = 1,
+        *, timeout: float | None = None, buffersize: int | None = None,
+    ) -> IMapIterator:  # fmt: skip
+        """Results one by one, in order. At most `buffersize` items are read ahead of the result asked for."""
+        return self._imap(IMapJob, func, iterable, Mode.MAP, chunksize, timeout, buffersize)
+
+    def imap_unordered(
+        self, func: Callable[[Any], Any], iterable: Iterable[Any], chunksize: int = 1,
+        *, timeout: float | None = None, buffersize: int | None = None,
+    ) -> IMapIterator:  # fmt: skip
+        """Results one by one, as they come."""
+        return self._imap(IMapUnorderedJob, func, iterable, Mode.MAP, chunksize, timeout, buffersize)
+
+    def imap_values(
+        self, func: Callable[[memoryview], Any], buffers: Iterable[Any],
+        *, timeout: float | None = None, buffersize: int | None = None,
+    ) -> IMapIterator:  # fmt: skip
+        """``func(memoryview)`` for the bytes of each buffer, put into the worker's own memory as its value.
+
+        What Go's fuzzer does with its inputs: the value stays in the slot when the worker dies, and
+        `WorkerCrashed.item` is read back from there. The view is the function's only until it returns.
+        """
+        return self._imap(IMapJob, func, buffers, Mode.VALUE, 1, timeout, buffersize)
+
+    def _map(
+        self,
+        func: Callable[..., Any],
+        iterable: Iterable[Any],
+        mode: Mode,
+        chunksize: int | None,
+        callback: Any = None,
+        error_callback: Any = None,
+        timeout: float | None = None,
+    ) -> MapResult:
+        self._check_running()
+        items = list(iterable)
+        if chunksize is not None and chunksize < 1:
+            raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
+        result = MapResult(
+            func, mode, self._engine, len(items), callback, error_callback, self._on_crash,
+            self._timeout if timeout is None else timeout, self._retries, self,
+        )  # fmt: skip
+        if items:
+            self._engine.add_job(result)
+            self._engine.submit(Chunk(result, 0, items, self._unit(len(items), chunksize)))
+        return result
+
+    def _unit(self, length: int, chunksize: int | None) -> int:
+        if chunksize is not None:
+            return chunksize
+        if self._engine.max_tasks is None:
+            return 1  # cut as the elements' pace suggests
+        # maxtasksperchild counts chunks, so they have to be the standard library's.
+        return -(-length // (self._processes * 4))
+
+    def _imap(
+        self,
+        kind: type[IMapJob],
+        func: Callable[..., Any],
+        iterable: Iterable[Any],
+        mode: Mode,
+        chunksize: int,
+        timeout: float | None,
+        buffersize: int | None,
+    ) -> IMapIterator:
+        self._check_running()
+        if chunksize < 1:
+            raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError(f"buffersize must be 1+ or None, not {buffersize!r}")
+        job = kind(
+            func, mode, self._engine, self._on_crash, self._timeout if timeout is None else timeout, self._retries,
+            buffersize,
+        )  # fmt: skip
+        self._engine.add_job(job)
+        feed(self._engine, job, iterable, chunksize)
+        return IMapIterator(job, self)
+
+    # -- the pool itself
+
+    def close(self) -> None:
+        """Take no more tasks; the workers leave when all are done."""
+        if self._state == _RUN:
+            self._state = _CLOSE
+            self._engine.close()
+
+    def terminate(self) -> None:
+        """End at once: workers are terminated, and killed if that does not help; what is unfinished fails."""
+        self._state = _TERMINATE
+        self._engine.terminate()
+        self._engine.join()
+
+    def join(self) -> None:
+        """Wait for the workers to leave, after `close` or `terminate`."""
+        if self._state == _RUN:
+            raise ValueError("Pool is still running")
+        if self._state not in (_CLOSE, _TERMINATE):
+            raise ValueError("In unknown state")
+        self._engine.join()
+
+    def stats(self) -> list[WorkerStats]:
+        """Each worker's pid, state, tasks done, running time and restarts, read from its memory without a message."""
+        return self._engine.stats()
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of shared memory that the pool has at present."""
+        return self._engine.shared_bytes
+
+    @property
+    def _pool(self) -> list[BaseProcess]:
+        """The workers' processes at this moment: what programs read of the standard library's pool to find pids."""
+        return self._engine.processes
+
+    def _check_running(self) -> None:
+        if self._state != _RUN:
+            raise ValueError("Pool not running")
+
+    def __enter__(self) -> Self:
+        self._check_running()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
+    ) -> None:
+        self.terminate()
+
+    def __reduce__(self) -> Any:
+        raise NotImplementedError("pool objects cannot be passed between processes or pickled")
+
+    def __repr__(self) -> str:
+        cls = type(self)
+        return f"<{cls.__module__}.{cls.__qualname__} state={self._state} pool_size={self._processes}>"
+
+    def __del__(self) -> None:
+        if self._state == _RUN and not self._engine.inherited:
+            warnings.warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, source=self, stacklevel=1)
+            self._engine.terminate()
+
+
+def end_engine(engine: Coordinator) -> None:
+    """For finalizers: end it, unless it is the parent process's."""
+    if not engine.inherited:
+        engine.terminate()
+        engine.join()
+
+
+def when_exiting(end: Callable[[Coordinator], None], engine: Coordinator) -> None:
+    """Have `end(engine)` called when the interpreter exits, should the engine still be there."""
+    # The last to register is the first to be called, and we must be called before `weakref.finalize` takes the
+    # memory away from workers that are still busy. It registers itself when the first finalizer is made: now.
+    weakref.finalize(engine, _nothing).detach()
+    call = functools.partial(end, engine)
+    atexit.register(call)
+    # Children of multiprocessing leave without atexit (before 3.13), but call these. The priority is the stdlib's.
+    finalizer = multiprocessing.util.Finalize(None, call, exitpriority=15)
+
+    def forget() -> None:
+        atexit.unregister(call)
+        finalizer.cancel()
+
+    engine.at_end = forget
+
+
+def _nothing() -> None:
+    pass
+
+
+def feed(engine: Coordinator, job: IMapJob, iterable: Iterable[Any], chunksize: int) -> None:
+    """Queue the elements of an iterable; read by a thread as we go, unless they are all there already."""
+    if isinstance(iterable, (list, tuple)) and job.buffersize is None:
+        if iterable:
+            engine.submit(Chunk(job, 0, list(iterable), chunksize))
+        job.input_ended(len(iterable))
+        return
+    items = iter(iterable)
+    # A chunk larger than what may be read ahead would never be complete.
+    unit = chunksize if job.buffersize is None else min(chunksize, job.buffersize)
+    thread = threading.Thread(target=_feed, args=(engine, job, items, unit), name="portshm-feeder", daemon=True)
+    thread.start()
+
+
+def _feed(engine: Coordinator, job: IMapJob, items: Iterator[Any], unit: int) -> None:
+    read, chunk, error = 0, [], None
+    while job.wait_for_room():
+        try:
+            chunk.append(next(items))
+        except StopIteration:
+            break
+        except BaseException as problem:  # the user's code; it is raised where its element would have been
+            error = problem
+            # An incomplete chunk is not executed then, and the exception comes in its place.
+            read, chunk = read - len(chunk), []
+            break
+        read += 1
+        if len(chunk) == unit:
+            engine.submit(Chunk(job, read - unit, chunk, unit))
+            chunk = []
+    if chunk:
+        engine.submit(Chunk(job, read - len(chunk), chunk, unit))
+    job.input_ended(read, error or job.stopped)

@@ -1,0 +1,505 @@
+"""What the faces hand out: results of calls and maps, and iterators over results.
+
+The coordinator's loop settles them; any thread may wait for them. No user code runs here on the loop's thread: a
+result with a callback is settled by the coordinator's callback thread.
+"""
+
+from __future__ import annotations
+
+import _thread
+import collections
+import itertools
+import logging
+import multiprocessing
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.pool import MaybeEncodingError  # type: ignore[attr-defined]
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+from ..errors import PoolError, WorkerCrashed
+from ._scheduler import Job
+from ._slot import Mode
+
+__all__ = [
+    "AsyncResult",
+    "EndOfResultsError",
+    "Engine",
+    "IMapIterator",
+    "IMapJob",
+    "IMapUnorderedJob",
+    "MapJob",
+    "MapResult",
+    "NoResultError",
+    "OnCrash",
+]
+
+T = TypeVar("T")
+
+OnCrash = Literal["raise", "return"]
+
+logger = logging.getLogger("portshm")
+
+_ids = itertools.count(1)
+
+
+class Engine(Protocol):
+    """What a result needs of the coordinator."""
+
+    def later(self, action: Callable[[], None]) -> None:
+        """Run `action` on the callback thread."""
+
+    def forget(self, job: MapJob) -> None:
+        """All elements of the job are settled."""
+
+
+class AsyncResult(Job, Generic[T]):
+    """Result of a single call: `multiprocessing.pool.AsyncResult`."""
+
+    cancellable = False
+
+    __slots__ = (
+        "__weakref__", "_callback", "_engine", "_error_callback", "_ok", "_on_crash", "_ready", "_value", "_waiters",
+        "keeps",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        function: Callable[..., T],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        engine: Engine,
+        callback: Callable[[T], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+        on_crash: OnCrash = "raise",
+        timeout: float | None = None,
+        retries: int = 0,
+    ) -> None:
+        # Not through Job.__init__: this is the one object that every single call has to make.
+        self.timeout = timeout
+        self.retries = retries
+        self.attempts = None  # pace and weight are the scheduler's, for calls
+        self.call = function, args, kwargs
+        self._engine = engine
+        self._callback = callback
+        self._error_callback = error_callback
+        self._on_crash = on_crash
+        self.keeps: object = None  # the pool, which must not be collected, and so ended, before this has ended
+        self._ready = False
+        self._waiters: list[_thread.LockType] | None = None
+
+    # -- for the user
+
+    def ready(self) -> bool:
+        """Whether the call has ended, one way or the other."""
+        return self._ready
+
+    def successful(self) -> bool:
+        """Whether it ended without an exception. ValueError if it has not ended."""
+        if not self._ready:
+            raise ValueError(f"{self!r} not ready")
+        return self._ok
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until it has ended, at most `timeout` seconds."""
+        if self._ready:
+            return
+        # A lock of the waiter's own, made only if there is something to wait for. `settle` sets `_ready` and then
+        # looks for waiters, this adds a waiter and then looks at `_ready`: one of the two sees the other.
+        lock = _thread.allocate_lock()
+        lock.acquire()
+        waiters = self._waiters
+        if waiters is None:
+            waiters = self._waiters = []
+        waiters.append(lock)
+        if self._ready:
+            return
+        lock.acquire(timeout=-1 if timeout is None else min(max(timeout, 0.0), threading.TIMEOUT_MAX))
+
+    def get(self, timeout: float | None = None) -> T:
+        """The result, or the exception that the call raised.
+
+        Raises:
+            multiprocessing.TimeoutError: after `timeout` seconds without either.
+            WorkerCrashed: the worker died over this call.
+        """
+        if not self._ready:
+            self.wait(timeout)
+            if not self._ready:
+                raise multiprocessing.TimeoutError
+        if self._ok:
+            return self._value  # type: ignore[no-any-return]
+        try:
+            raise self._value
+        finally:
+            self = None  # type: ignore[assignment]  # the traceback refers to this frame, and must not keep us
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {'ready' if self._ready else 'pending'} at {id(self):#x}>"
+
+    # -- for the coordinator
+
+    def unpicklable(self, value: str, reason: BaseException) -> BaseException:
+        return _encoding_error(value, reason)
+
+    def settle(self, ok: bool, value: Any) -> None:
+        if not ok and self._on_crash == "return" and isinstance(value, WorkerCrashed):
+            ok = True
+        self.call = None  # the result may live long; what it was computed from need not
+        if self._callback is None and self._error_callback is None:
+            self._finish(ok, value)
+        else:
+            self._engine.later(lambda: self._call_back(ok, value))
+
+    def _call_back(self, ok: bool, value: Any) -> None:
+        # Before anybody is told that the result is there, as in the standard library.
+        callback = self._callback if ok else self._error_callback
+        if callback is not None:
+            try:
+                callback(value)
+            except BaseException as error:
+                logger.exception("callback %r raised", callback)
+                if ok:
+                    ok, value = False, error
+        self._finish(ok, value)
+
+    def _finish(self, ok: bool, value: Any) -> None:
+        self._ok = ok
+        self._value = value
+        self.keeps = None
+        self._ready = True
+        waiters = self._waiters
+        if waiters is not None:
+            for lock in waiters:
+                try:
+                    lock.release()
+                except RuntimeError:
+                    pass  # that waiter has given up
+
+
+class MapJob(Job):
+    """The part of all map-like jobs that the coordinator deals with."""
+
+    __slots__ = ("_on_crash", "engine", "function", "id", "mode", "packed_function")
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        mode: Mode,
+        engine: Engine,
+        on_crash: OnCrash,
+        timeout: float | None,
+        retries: int,
+    ) -> None:
+        super().__init__()
+        self.id = next(_ids)
+        self.function = function
+        self.mode = mode
+        self.engine = engine
+        self.timeout = timeout
+        self.retries = retries
+        self.packed_function: Any = None  # the coordinator's
+        self._on_crash = on_crash
+
+    def unpicklable(self, value: str, reason: BaseException) -> BaseException:
+        return _encoding_error(value, reason)
+
+    def deliver(self, start: int, values: list[Any]) -> None:
+        """Results of consecutive elements. The list is given away."""
+        raise NotImplementedError
+
+    def fail(self, index: int, error: BaseException) -> None:
+        """The exception of one element."""
+        raise NotImplementedError
+
+    def stop_reading(self, error: BaseException) -> None:
+        """Read no more of an input whose reading waits for its results to be taken; `error` is the next result."""
+
+    def drop(self, count: int) -> None:
+        """So many elements will not be executed, as `begin` wanted it."""
+        raise NotImplementedError
+
+    def abort(self, error: BaseException) -> None:
+        """Nothing more will come: the pool was terminated or is broken."""
+        raise NotImplementedError
+
+
+class MapResult(MapJob):
+    """Result of a whole map: `multiprocessing.pool.MapResult`."""
+
+    __slots__ = ("__weakref__", "_error", "_error_index", "_left", "_result", "_values")
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        mode: Mode,
+        engine: Engine,
+        length: int,
+        callback: Callable[[list[Any]], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+        on_crash: OnCrash = "raise",
+        timeout: float | None = None,
+        retries: int = 0,
+        keeps: object = None,
+    ) -> None:
+        super().__init__(function, mode, engine, on_crash, timeout, retries)
+        self._values: list[Any] = [None] * length
+        self._left = length
+        self._error: BaseException | None = None
+        self._error_index = -1
+        self._result: AsyncResult[list[Any]] = AsyncResult(_nothing, (), {}, engine, callback, error_callback)
+        self._result.keeps = keeps
+        if length == 0:
+            self._end()
+
+    def ready(self) -> bool:
+        return self._result.ready()
+
+    def successful(self) -> bool:
+        return self._result.successful()
+
+    def wait(self, timeout: float | None = None) -> None:
+        self._result.wait(timeout)
+
+    def get(self, timeout: float | None = None) -> list[Any]:
+        """The results in the order of the input, or the exception of the first element that raised one.
+
+        Waits until *all* elements have ended, as the standard library does.
+        """
+        return self._result.get(timeout)
+
+    def deliver(self, start: int, values: list[Any]) -> None:
+        if self._left:
+            self._values[start : start + len(values)] = values
+            self._count(len(values))
+
+    def fail(self, index: int, error: BaseException) -> None:
+        if not self._left:
+            return
+        if self._on_crash == "return" and isinstance(error, WorkerCrashed):
+            self._values[index] = error
+        elif self._error is None or index < self._error_index:
+            self._error, self._error_index = error, index
+        self._count(1)
+
+    def abort(self, error: BaseException) -> None:
+        if self._left:
+            self._left = 0
+            self._error = error
+            self._end()
+
+    def _count(self, ended: int) -> None:
+        self._left -= ended
+        if self._left == 0:
+            self._end()
+
+    def _end(self) -> None:
+        values, self._values = self._values, []
+        if self._error is not None:
+            self._result.settle(False, self._error)
+        else:
+            self._result.settle(True, values)
+        self.engine.forget(self)
+
+
+class EndOfResultsError(Exception):
+    """Not StopIteration, which a task may raise as well."""
+
+
+class NoResultError(Exception):
+    """Within the time. Not TimeoutError, which a task may raise as well."""
+
+
+class IMapIterator:
+    """Iterator over the results of a map: `multiprocessing.pool.IMapIterator`.
+
+    An element that failed raises at its place, and `next()` goes on with the one after it. When the iterator is
+    dropped, no more of the input is read.
+    """
+
+    def __init__(self, job: IMapJob, keeps: object = None) -> None:
+        self._job = job
+        self._keeps = keeps  # the pool, which must not be collected, and so ended, while results are taken
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return self.next()
+
+    def next(self, timeout: float | None = None) -> Any:
+        """The next result. `multiprocessing.TimeoutError` if there is none within `timeout` seconds."""
+        try:
+            return self._job.next(timeout)
+        except EndOfResultsError:
+            raise StopIteration from None
+        except NoResultError:
+            raise multiprocessing.TimeoutError from None
+
+    def __del__(self) -> None:
+        self._job.abandon()
+
+
+class IMapJob(MapJob):
+    """The results of a map that are taken one by one, in the order of the input unless a subclass says otherwise."""
+
+    __slots__ = (
+        "__weakref__", "_aborted", "_ahead", "_changed", "_done", "_length", "_next", "_ready", "_room",
+        "abandoned",
+        "buffersize",
+        "stopped",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        mode: Mode,
+        engine: Engine,
+        on_crash: OnCrash = "raise",
+        timeout: float | None = None,
+        retries: int = 0,
+        buffersize: int | None = None,
+    ) -> None:
+        super().__init__(function, mode, engine, on_crash, timeout, retries)
+        self._changed = threading.Condition()
+        self._ready: collections.deque[tuple[bool, Any]] = collections.deque()
+        self._ahead: dict[int, tuple[bool, Any]] = {}  # what has ended before its turn
+        self._next = 0  # the index whose turn it is
+        self._done = 0  # elements that have ended
+        self._length: int | None = None  # known when the input has ended
+        self._aborted: BaseException | None = None
+        self.abandoned = False
+        self.stopped: BaseException | None = None  # what is raised in the place of input that was not read
+        self.buffersize = buffersize
+        # A token for each element that may be read ahead. A SimpleQueue, because tokens are also put back by a
+        # destructor, which may run inside any other lock's critical section.
+        self._room: queue.SimpleQueue[None] | None = None
+        if buffersize is not None:
+            self._room = queue.SimpleQueue()
+            for _ in range(buffersize):
+                self._room.put(None)
+
+    # -- for the user's iterator
+
+    def next(self, timeout: float | None) -> Any:
+        """The next result, or the exception in its place. `EndOfResultsError`, `NoResultError`: there is neither."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while not self._ready:
+                if self._aborted is not None:
+                    error, self._aborted = self._aborted, None
+                    self._length = self._done = 0
+                    raise error
+                if self._length is not None and self._done >= self._length:
+                    raise EndOfResultsError
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise NoResultError
+                self._changed.wait(left)
+            ok, value = self._ready.popleft()
+        if self._room is not None:
+            self._room.put(None)
+        if ok:
+            return value
+        raise value
+
+    def abandon(self) -> None:
+        """Nobody will ask for results any more. Called by a destructor, so it takes no lock."""
+        self.abandoned = True
+        if self._room is not None:
+            self._room.put(None)
+
+    # -- for the feeder
+
+    def wait_for_room(self) -> bool:
+        """Block until one more element may be read from the input; False when nobody wants any."""
+        if self._room is not None:
+            self._room.get()
+        return self._aborted is None and self._length is None and self.stopped is None and not self.abandoned
+
+    def stop_reading(self, error: BaseException) -> None:
+        if self._room is not None:
+            self.stopped = error
+            self._room.put(None)
+
+    def input_ended(self, length: int, error: BaseException | None = None) -> None:
+        """The input has `length` elements; `error` is what its iterator raised at the end."""
+        if error is not None:
+            self._put(length, [(False, error)])
+            length += 1
+        with self._changed:
+            if self._length is None:
+                self._length = length
+            self._changed.notify_all()
+        self._end_if_done()
+
+    # -- for the coordinator
+
+    def deliver(self, start: int, values: list[Any]) -> None:
+        outcomes = [(True, value) for value in values]
+        values.clear()  # or the user's thread might find itself not to be the last one that has them
+        self._put(start, outcomes)
+        self._end_if_done()
+
+    def fail(self, index: int, error: BaseException) -> None:
+        self._put(index, [(self._on_crash == "return" and isinstance(error, WorkerCrashed), error)])
+        self._end_if_done()
+
+    def drop(self, count: int) -> None:
+        with self._changed:
+            self._done += count
+        self._end_if_done()
+
+    def abort(self, error: BaseException) -> None:
+        with self._changed:
+            if self._length is None or self._done < self._length:
+                self._aborted = error
+            self._changed.notify_all()
+        if self._room is not None:
+            self._room.put(None)  # the feeder looks up, and stops
+        self.engine.forget(self)
+
+    def _put(self, start: int, outcomes: list[tuple[bool, Any]]) -> None:
+        with self._changed:
+            self._add(start, outcomes)
+            self._done += len(outcomes)
+            outcomes.clear()
+            self._changed.notify_all()
+
+    def _add(self, start: int, outcomes: list[tuple[bool, Any]]) -> None:
+        if start == self._next:
+            self._ready.extend(outcomes)
+            self._next += len(outcomes)
+        else:
+            self._ahead.update(zip(itertools.count(start), outcomes, strict=False))
+        while self._ahead and self._next in self._ahead:
+            self._ready.append(self._ahead.pop(self._next))
+            self._next += 1
+
+    def _end_if_done(self) -> None:
+        with self._changed:
+            ended = self._length is not None and self._done >= self._length
+        if ended:
+            self.engine.forget(self)
+
+
+class IMapUnorderedJob(IMapJob):
+    """The results in the order in which they come."""
+
+    __slots__ = ()
+
+    def _add(self, start: int, outcomes: list[tuple[bool, Any]]) -> None:
+        self._ready.extend(outcomes)
+
+
+def _encoding_error(value: str, reason: BaseException) -> BaseException:
+    """The standard library's error for a result that cannot be pickled, made of the worker's words."""
+    error = MaybeEncodingError(reason, value)
+    error.value = value
+    error.__cause__ = reason.__cause__
+    return error  # type: ignore[no-any-return]
+
+
+def _nothing() -> Any:
+    raise PoolError("never called")

@@ -1,0 +1,201 @@
+"""Objects through memory: the same on the other side, large buffers without a copy, and nonsense refused."""
+
+from __future__ import annotations
+
+import array
+import pickle
+import random
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from portshm.pool._transport import OUT_OF_BAND, Parcel, pack, pack_small, read_parcel, unpack
+
+LARGE = OUT_OF_BAND * 3 + 5
+
+
+@dataclass
+class Record:
+    name: str
+    data: Any
+    more: Any = None
+
+
+class Raises:
+    def __reduce__(self) -> Any:
+        raise LookupError("on purpose")
+
+
+def through_memory(obj: Any) -> Any:
+    parcel = pack(obj)
+    memory = bytearray(parcel.size)
+    parcel.write_into(memoryview(memory))
+    return unpack(read_parcel(memoryview(memory)))
+
+
+VALUES: dict[str, Callable[[int], Any]] = {
+    "bytes": bytes,
+    "bytearray": bytearray,
+    "text": lambda size: "é" * size,
+    "array": lambda size: array.array("d", range(size // 8)),
+    "nested": lambda size: {"a": [bytes(size), (bytearray(size), 1)], "b": None},
+    "deep": lambda size: [[[[[[bytes(size)]]]]]],
+    "dataclass": lambda size: Record("x", bytes(size), Record("y", [bytearray(size)])),
+    "many": lambda size: [bytes([number]) * size for number in range(20)],
+}
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, OUT_OF_BAND - 1, OUT_OF_BAND, LARGE, 1 << 21])
+@pytest.mark.parametrize("kind", VALUES)
+def test_round_trip(kind: str, size: int) -> None:
+    value = VALUES[kind](size)
+    found = through_memory(value)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_pickle_buffer_arrives_as_a_view() -> None:
+    data = bytearray(random.Random(1).randbytes(LARGE))
+    found = through_memory(pickle.PickleBuffer(data))
+    assert bytes(found) == data
+
+
+def test_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    for value in (
+        numpy.arange(10),
+        numpy.arange(100_000.0),
+        numpy.asfortranarray(numpy.arange(60_000).reshape(200, 300)),
+        numpy.arange(200_000)[::2],
+        numpy.zeros((0, 3)),
+        numpy.array([{"a": 1}, None], dtype=object),
+    ):
+        found = through_memory({"x": value})["x"]
+        assert (found == value).all()
+        assert (found.dtype, found.shape) == (value.dtype, value.shape)
+        assert found.flags.writeable
+
+
+def test_large_buffers_are_not_copied_on_arrival() -> None:
+    numpy = pytest.importorskip("numpy")
+    parcel = pack(numpy.zeros(100_000))
+    assert len(parcel.stream) < 1000
+    assert [len(view) for view in parcel.views] == [800_000]
+    memory = bytearray(parcel.size)
+    parcel.write_into(memoryview(memory))
+    found = unpack(read_parcel(memoryview(memory)))
+    memory[-1] = memory[-8] = 0x40
+    start = memory.index(b"\x40")
+    assert found[-1] != 0, "the array is a view of the memory"
+    assert start > 0
+
+
+def test_large_bytes_are_real_bytes() -> None:
+    parcel = pack((bytes(LARGE), bytearray(LARGE)))
+    assert len(parcel.stream) < 1000
+    memory = bytearray(parcel.size)
+    parcel.write_into(memoryview(memory))
+    one, two = unpack(read_parcel(memoryview(memory)))
+    memory[:] = b"\xff" * len(memory)
+    assert one == two == bytes(LARGE)
+
+
+def test_one_object_stays_one_object() -> None:
+    data, mutable = bytes(LARGE), bytearray(LARGE)
+    one, two, three, four = through_memory([data, data, mutable, mutable])
+    assert one is two
+    assert three is four
+
+
+def test_size_is_what_is_written() -> None:
+    for value in (1, bytes(LARGE), [array.array("q", range(9000))] * 3, ["x" * 70_000, bytearray(LARGE)]):
+        parcel = pack(value)
+        memory = bytearray(b"\xaa" * (parcel.size + 100))
+        parcel.write_into(memoryview(memory)[: parcel.size])
+        assert memory[parcel.size :] == b"\xaa" * 100
+        assert unpack(read_parcel(memoryview(memory))) == value
+        with pytest.raises((ValueError, struct.error)):
+            parcel.write_into(memoryview(bytearray(max(0, parcel.size - 128))))
+
+
+def test_buffers_lie_on_cache_lines() -> None:
+    parcel = pack([array.array("d", range(5000)), array.array("d", range(5001)), bytes(LARGE)])
+    memory = bytearray(parcel.size)
+    view = memoryview(memory)
+    parcel.write_into(view)
+    found = read_parcel(view)
+    for part in (*found.views, *found.large):
+        assert bytes(part[:8]) in memory
+    assert [len(part) for part in (*found.views, *found.large)] == [40_000, 40_008, LARGE]
+
+
+def test_small_things_are_just_a_pickle() -> None:
+    for value in (1, 2.5, "text", None, True, b"x", [1, {"a": (2, 3)}], Record("x", 1), b"x" * (OUT_OF_BAND - 1)):
+        data = pack_small(value)
+        assert isinstance(data, bytes)
+        assert pickle.loads(data) == value
+    assert isinstance(pack_small(bytes(OUT_OF_BAND)), Parcel)
+
+
+def test_what_an_object_raises_comes_out() -> None:
+    for value in (Raises(), [1, Raises()], [bytes(LARGE), Raises()]):
+        with pytest.raises(LookupError):
+            pack(value)
+    with pytest.raises(LookupError):
+        pack_small(Raises())
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        (1 << 63, 0, 0, 8),
+        (0, 1 << 63, 0, 8),
+        (2**64 - 1, 2**64 - 1, 0, 8),
+        (0, 0, 1 << 40, 8),
+        (0, 0, 0, 1 << 40),
+        (0, 0, 0, 2**64 - 1),
+        (300, 300, 0, 8),
+        (1, 0, 0, 8, 2**64 - 64),
+        (0, 0, 10_000, 8),
+    ],
+)
+def test_a_table_of_nonsense_is_refused(table: tuple[int, ...]) -> None:
+    memory = bytearray(4096)
+    struct.pack_into(f"<{len(table)}Q", memory, 0, *table)
+    with pytest.raises(ValueError, match="parcel"):
+        read_parcel(memoryview(memory))
+
+
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 24, 31])
+def test_memory_too_small_for_a_table(size: int) -> None:
+    with pytest.raises(ValueError, match="parcel"):
+        read_parcel(memoryview(bytearray(size)))
+
+
+def test_places_are_not_gone_to_by_those_who_cannot() -> None:
+    """The coordinator reads what a worker wrote: it must not be sent anywhere, nor unpickle what would send it."""
+    memory = bytearray(4096)
+    struct.pack_into("<4Q", memory, 0, 0, 0, 100, 8)
+    with pytest.raises(ValueError, match="places"):
+        read_parcel(memoryview(memory))
+
+
+def test_random_damage_never_reads_beyond_the_memory() -> None:
+    parcel = pack([bytes(LARGE), array.array("d", range(9000))])
+    whole = bytearray(parcel.size)
+    parcel.write_into(memoryview(whole))
+    chance = random.Random(2)
+    refused = 0
+    for _ in range(2000):
+        memory = bytearray(whole[:64])
+        memory[chance.randrange(40)] = chance.randrange(256)
+        try:
+            found = read_parcel(memoryview(memory + whole[64:]))
+        except ValueError:
+            refused += 1
+        else:
+            assert sum(map(len, (*found.views, *found.large))) <= len(whole)
+    assert refused

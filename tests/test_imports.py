@@ -1,0 +1,158 @@
+"""Imports run one way, and each platform difference is in one file. Read from the source, so that nothing escapes."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import portshm
+
+PACKAGE = Path(portshm.__file__).parent
+
+# A module may import from its own level's group and from lower levels: errors <- header, region <- backends <-
+# shared_mem <- (locked), (pool) <- cli. By first part of the module's path; longest match first.
+LEVELS = {
+    "errors": 0,
+    "_region": 1,
+    "_header": 1,
+    "_buffers": 1,
+    "_backends": 2,
+    "_shared_mem": 3,
+    "_reaper": 3,
+    "locked": 4,
+    "pool": 4,
+    "_map_job": 5,
+    "_bench": 5,
+    "_cli": 5,
+    "__init__": 6,
+    "__main__": 6,
+}
+
+# What goes beyond the levels. Left of the colon may not import right of it, whatever the levels say.
+APART = {
+    "_header": {"_region", "_buffers", "_backends"},
+    "_region": {"_header", "_buffers"},
+    "_buffers": {"_header", "_region"},
+    "_backends": {"_header", "_buffers"},
+    "_shared_mem": {"_reaper"},
+    "_reaper": {"_shared_mem", "_header"},
+    "locked": {"pool"},
+    "pool": {"locked"},
+    # The scheduler is pure state, and the child's side never looks at the parent's.
+    "pool/_scheduler": {"pool/_worker", "pool/_coordinator", "pool/_server", "pool/_comm", "_shared_mem", "_backends"},
+    "pool/_server": {"pool/_worker", "pool/_coordinator", "pool/_scheduler", "pool/_pool", "pool/_executor"},
+}
+
+IMPURE = {"multiprocessing", "os", "subprocess", "threading", "time", "selectors", "signal", "mmap"}
+
+# Besides _backends/ and pool/_exit_status.py; each owns one difference, named here.
+PLATFORM_FILES = {
+    "pool/_pipe.py": "Windows reads and writes its pipes by whole messages",
+    "pool/_waiter.py": "Windows waits for handles, POSIX for descriptors",
+}
+
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def module_of(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__")
+
+
+def group_of(module: str) -> str:
+    first = module.partition("/")[0]
+    return "_bench" if first.startswith("_bench") else first
+
+
+def imports_of(file: str) -> Iterator[tuple[str, int]]:
+    """Every import in the file, late ones inside functions too: its path inside the package, or `outside:NAME`."""
+    folder = ["portshm", *Path(file).parent.parts]
+    for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield _inside(alias.name.split(".")), node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = folder[: len(folder) - node.level + 1] if node.level else []
+            parts = [*base, *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                deeper = [*parts, alias.name]
+                is_module = (PACKAGE.parent / "/".join(deeper)).with_suffix(".py").exists()
+                yield _inside(deeper if is_module else parts), node.lineno
+
+
+def _inside(parts: list[str]) -> str:
+    return ("/".join(parts[1:]) or "__init__") if parts[0] == "portshm" else "outside:" + parts[0]
+
+
+def test_every_module_has_a_level() -> None:
+    assert {group_of(module_of(file)) for file in FILES} <= set(LEVELS)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_go_down(file: str) -> None:
+    here = module_of(file)
+    for target, line in imports_of(file):
+        if target.startswith("outside:"):
+            continue
+        mine, theirs = group_of(here), group_of(target)
+        assert mine == theirs or LEVELS[theirs] <= LEVELS[mine], f"{file}:{line} imports {target}, which is above it"
+        forbidden = APART.get(here, set()) | APART.get(mine, set())
+        assert not {target, theirs} & forbidden, f"{file}:{line} imports {target}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_imports_locked_or_the_command_line(file: str) -> None:
+    targets = {target for target, _ in imports_of(file)}
+    assert "locked" not in targets
+    assert "_cli" not in targets or file == "__main__.py"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_only_locked_imports_filelock_and_nobody_numpy(file: str) -> None:
+    outside = {target.removeprefix("outside:") for target, _ in imports_of(file)}
+    assert "filelock" not in outside or file == "locked.py"
+    assert "numpy" not in outside or file.startswith("_bench")
+
+
+def test_the_scheduler_knows_no_process_pipe_or_clock() -> None:
+    if "pool/_scheduler.py" not in FILES:
+        pytest.skip("no scheduler yet")
+    assert not {target.removeprefix("outside:") for target, _ in imports_of("pool/_scheduler.py")} & IMPURE
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_platform_is_asked_for_in_few_places(file: str) -> None:
+    if file.startswith("_backends/") or file == "pool/_exit_status.py" or file in PLATFORM_FILES:
+        return
+    for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) not in {("sys", "platform"), ("os", "name")}, f"{file}:{node.lineno}"
+
+
+def functions_of(file: str) -> dict[str, str]:
+    """Public functions, and public methods of classes, with their parameters as written."""
+    found = {}
+    for node in ast.parse((PACKAGE / file).read_text()).body:
+        members = node.body if isinstance(node, ast.ClassDef) else [node]
+        owner = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        for member in members:
+            if isinstance(member, ast.FunctionDef) and (not member.name.startswith("_") or member.name == "__init__"):
+                found[owner + member.name] = (
+                    f"({ast.unparse(member.args)}) -> {ast.unparse(member.returns or ast.Constant(None))}"
+                )
+    return found
+
+
+def test_the_operating_systems_supply_the_same_functions() -> None:
+    # The Windows one cannot be imported here, and mypy checks each only against its own callers.
+    posix, windows = functions_of("_backends/_posix.py"), functions_of("_backends/_windows.py")
+    assert posix == windows
+    supplied = ast.parse((PACKAGE / "_backends/_system.py").read_text())
+    taken = [
+        {a.name for a in node.names} for node in ast.walk(supplied) if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert len(taken) == 2
+    assert taken[0] == taken[1]
+    assert {name for name in taken[0] if name != "OwnedFile"} <= set(posix)
