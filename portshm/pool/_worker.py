@@ -34,6 +34,10 @@ from ._waiter import Ears
 
 __all__ = ["Obituary", "Worker", "WorkerSettings"]
 
+# Seconds that another thread has to note the exit code of a process it has reaped. It takes them all only where
+# children are reaped behind our back, as with SIGCHLD ignored.
+_NOTED_WITHIN = 0.5
+
 
 class WorkerSettings(NamedTuple):
     """What all workers of a pool have in common."""
@@ -188,7 +192,7 @@ class Worker:
         if process is None:
             return Obituary(None, None, "never started", "")
         process.join()
-        exitcode, pid = process.exitcode, process.pid
+        exitcode, pid = _exitcode(process), process.pid
         now = oom_kills()
         oom = now is not None and self._oom_kills is not None and now > self._oom_kills
         trace = ""
@@ -207,6 +211,16 @@ class Worker:
         """Give the slot's memory back."""
         self.slot.mem.unlink()
         self.slot.close()
+
+
+def _exitcode(process: BaseProcess) -> int | None:
+    """The exit code of a process that has ended; None if somebody reaped it who does not tell."""
+    # Any thread that starts a process, or asks for `active_children`, polls all children of multiprocessing's. If it
+    # reaps ours, our own wait fails with ECHILD a moment before that thread has noted the exit code.
+    deadline = time.monotonic() + _NOTED_WITHIN
+    while (exitcode := process.exitcode) is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return exitcode
 
 
 def _open_pidfd(pid: int | None) -> int | None:

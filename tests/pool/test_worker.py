@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -126,6 +127,30 @@ def test_the_slot_outlives_its_process(make: Make, log: str) -> None:
     answers(worker, Done)
     assert results(worker, 1) == [2]
     assert worker.starts == 2
+
+
+def test_an_exit_code_is_known_also_when_another_thread_reaps(make: Make, context: BaseContext) -> None:
+    if context.get_start_method() == "forkserver":
+        pytest.skip("its exit codes come through a pipe, and who loses the race for it is told 255 (popen_forkserver)")
+    worker = make()
+    over = threading.Event()
+
+    def reap() -> None:
+        while not over.is_set():
+            multiprocessing.active_children()
+
+    reapers = [threading.Thread(target=reap) for _ in range(3)]
+    try:
+        for reaper in reapers:
+            reaper.start()
+        for _ in range(10):
+            worker.kill()
+            assert worker.bury().exitcode == -signal.SIGKILL
+            worker.start()
+    finally:
+        over.set()
+        for reaper in reapers:
+            reaper.join()
 
 
 def test_the_memory_grows_and_the_worker_moves_with_it(make: Make) -> None:
