@@ -160,7 +160,7 @@ def pack_batch(items: list[Any], keeper: Keeper) -> Parcel:
     ends = []
     for item in items:
         packer.dump(item)
-        ends += [packer.out.tell(), len(packer.views)]
+        ends += [packer.out.tell(), packer.views]
     table = struct.pack(f"<Q{len(ends)}Q", len(items), *ends)
     return packer.parcel(_ONE_BY_ONE + table + packer.out.getvalue())
 
@@ -188,25 +188,42 @@ class _Packer:
 
     def __init__(self, keeper: Keeper | None, *, large: bool) -> None:
         self.out = io.BytesIO()
-        self.views: list[memoryview] = []
-        self._keeper = keeper
-        self._places: dict[int, Place] = {}
+        self._buffers = _Buffers(keeper)
         self._large: list[memoryview] = []
         if large:
-            pickler = _BytesPickler(self.out, 5, buffer_callback=self._leave_out)
+            pickler = _BytesPickler(self.out, 5, buffer_callback=self._buffers)
             pickler.large, pickler.known = self._large, {}
             self._pickler: _Pickler = pickler
         else:
-            self._pickler = _Pickler(self.out, 5, buffer_callback=self._leave_out)
+            self._pickler = _Pickler(self.out, 5, buffer_callback=self._buffers)
+
+    @property
+    def views(self) -> int:
+        """How many buffers have been left out to be seen in place."""
+        return len(self._buffers.views)
 
     def dump(self, obj: Any) -> None:
         self._pickler.dump(obj)
         self._pickler.clear_memo()
 
     def parcel(self, stream: bytes) -> Parcel:
-        return Parcel(stream, self.views, self._large, self._places)
+        return Parcel(stream, self._buffers.views, self._large, self._buffers.places)
 
-    def _leave_out(self, buffer: pickle.PickleBuffer) -> bool:
+
+class _Buffers:
+    """The pickler's `buffer_callback`: takes what is large.
+
+    Not a method of the packer's: the pickler keeps its callback, and in a cycle of the two the views would keep user
+    memory, or a region, until the next garbage collection.
+    """
+
+    def __init__(self, keeper: Keeper | None) -> None:
+        self.views: list[memoryview] = []
+        self.places: dict[int, Place] = {}
+        self._keeper = keeper
+
+    def __call__(self, buffer: pickle.PickleBuffer) -> bool:
+        """Whether the buffer is to be in the stream."""
         try:
             raw = buffer.raw()
         except BufferError:  # not contiguous: pickle decides
@@ -217,7 +234,7 @@ class _Packer:
         found = locate(raw) if keeper is not None else None
         if found is not None and found.keeper in (None, keeper):
             id = keeper.id_at(found.address) if keeper is not None and found.keeper is not None else 0
-            self._places[len(self.views)] = Place(id, found.address, found.offset, found.length)
+            self.places[len(self.views)] = Place(id, found.address, found.offset, found.length)
             raw = memoryview(b"")
         self.views.append(raw)
         return False

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import array
+import gc
 import pickle
 import random
 import struct
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from portshm.pool._transport import OUT_OF_BAND, Parcel, pack, pack_small, read_parcel, unpack
+from portshm.pool._regions import RegionStore
+from portshm.pool._transport import OUT_OF_BAND, Parcel, pack, pack_batch, pack_small, read_parcel, unpack
 
 LARGE = OUT_OF_BAND * 3 + 5
 
@@ -61,6 +64,27 @@ def test_a_pickle_buffer_arrives_as_a_view() -> None:
     data = bytearray(random.Random(1).randbytes(LARGE))
     found = through_memory(pickle.PickleBuffer(data))
     assert bytes(found) == data
+
+
+class Memory(bytearray):
+    """Says when it is gone, and leaves the stream as a buffer."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return bytearray, (pickle.PickleBuffer(self),)
+
+
+@pytest.mark.parametrize("company", [(), (bytes(LARGE),)])
+def test_what_was_packed_is_let_go_of_at_once(company: tuple[Any, ...]) -> None:
+    memory = Memory(LARGE)
+    gone = weakref.ref(memory)
+    gc.disable()  # it must not need one
+    try:
+        assert pack((memory, *company)).views
+        assert not pack_batch([(memory, *company)] * 2, RegionStore("auto", None)).plain
+        del memory
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_numpy() -> None:
