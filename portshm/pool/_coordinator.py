@@ -32,7 +32,7 @@ from ._regions import RegionStore, StoredRegion, StoreFullError
 from ._results import MapJob
 from ._scheduler import Batch, Chunk, Job, Scheduler, SlotState, State
 from ._server import PIPE_CLOSED
-from ._slot import PAYLOAD_MAX, Entry, Mode, Outcome, Phase, RecordError, Reference, RemoteError
+from ._slot import PAYLOAD_MAX, Entry, Mode, Outcome, Phase, Record, RecordError, Reference, RemoteError
 from ._transport import Place, pack, pack_batch, read_parcel, unpack
 from ._waiter import CAN_TALK, Waiter
 from ._worker import Obituary, Worker, WorkerSettings
@@ -57,9 +57,6 @@ _WAKE: Final = "wake"
 
 # Bytes of payload beyond which a batch of several elements is cut.
 _LARGE_BATCH: Final = 1 << 20
-
-# Nanoseconds that a batch of a job of unknown pace may take before the worker gives back the rest of it.
-_PROBE_NS: Final = 200_000
 
 
 class WorkerStats(NamedTuple):
@@ -609,7 +606,7 @@ class Coordinator:
             self._send(slot)
         elif slot.state is State.RETIRING:
             worker.stop()
-        self._deliver(batch, *self._unpickled(worker, *record))
+        self._deliver(batch, *self._unpickled(worker, record))
 
     def _on_unreadable(self, worker: Worker, slot: SlotState) -> None:
         try:
@@ -674,7 +671,7 @@ class Coordinator:
         if obituary.exitcode == PIPE_CLOSED:
             worker.note = "closed the pool's pipe"
         finished, phase = 0, Phase.SENT
-        record: tuple[list[Any], list[Outcome]] = [], []
+        record = Record()
         item: Any = None
         lost: list[tuple[Job, int, Any]] = []
         if batch is not None:
@@ -697,7 +694,7 @@ class Coordinator:
             worker.tasks_done += finished
             self._starved = False
         if batch is not None:
-            self._deliver(batch, *self._unpickled(worker, *record))
+            self._deliver(batch, *self._unpickled(worker, record))
         for id in [*worker.regions, *worker.granted]:
             self._store.release(id)
         for job, index, arguments in [*lost, *filter(None, [verdict.culprit])]:
@@ -846,7 +843,7 @@ class Coordinator:
                 stored = self._store_parcel(parcel)
                 payload = b""
                 self._entrust(worker, stored.id, parcel.places.values())
-            worker.load(batch.id, len(batch), payload, head, _PROBE_NS if batch.probe else 0)
+            worker.load(batch.id, len(batch), payload, head, int(batch.patience * 1e9))
         except (_UnsendableError, _NoRoomError):
             raise
         except Exception as error:
@@ -932,9 +929,9 @@ class Coordinator:
     # -- results
 
     def _unpickled(
-        self, worker: Worker, numbers: list[Any], entries: list[Outcome]
+        self, worker: Worker, record: Record
     ) -> tuple[list[Any], list[tuple[bool, Any]]]:
-        return numbers, [self._result(worker, entry) for entry in entries]
+        return record.numbers.tolist(), [self._result(worker, entry) for entry in record.entries]
 
     def _result(self, worker: Worker, entry: Outcome) -> tuple[bool, Any]:
         """(ok, result or exception) of one entry. Whatever the bytes do when they are unpickled ends here."""

@@ -10,7 +10,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -227,7 +227,8 @@ class Pool:
         timeout: float | None = None,
     ) -> MapResult:
         self._check_running()
-        items = list(iterable)
+        # A range is what its slices are, and needs no list.
+        items: Sequence[Any] = iterable if type(iterable) is range else list(iterable)
         if chunksize is not None and chunksize < 1:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
         result = MapResult(

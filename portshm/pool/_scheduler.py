@@ -46,14 +46,18 @@ _BATCH_SECONDS: Final = 0.001
 # A message that carries less work than this costs more than it carries.
 _LEAST_SECONDS: Final = 0.0003
 
-# Elements for the first batch of a job, of whose pace nothing is known. The worker is told, and gives back what it has
-# not begun as soon as one of them has taken its time.
+# Elements for the first batch of a job, of whose pace nothing is known.
 _UNKNOWN_PACE: Final = 16
+
+# Seconds after which the worker gives back what it has not begun of a batch: where the pace was not known, and where it
+# was and is no longer true.
+_PROBE: Final = 0.0002
+_PATIENCE: Final = 0.01
 
 # Bytes of payload in one batch of elements that are known to be large.
 _BATCH_BYTES: Final = 1 << 20
 
-# How much a new measurement counts against what is known of a job's pace.
+# How much a new measurement that is slower counts against what is known of a job's pace.
 _NEW_WEIGHT: Final = 0.5
 
 
@@ -130,7 +134,7 @@ class Chunk:
 class Batch:
     """What is sent in one message: calls, or consecutive elements of one map."""
 
-    __slots__ = ("calls", "chunk", "id", "job", "origin", "probe")
+    __slots__ = ("calls", "chunk", "id", "job", "origin", "patience")
 
     def __init__(self, id: int, calls: list[Job], chunk: Chunk | None, origin: deque[Job | Chunk]) -> None:
         self.id = id
@@ -138,7 +142,7 @@ class Batch:
         self.chunk = chunk
         self.job = chunk.job if chunk is not None else calls[0]
         self.origin = origin  # the queue it came from, where it goes back to if nothing of it was sent
-        self.probe = False  # the worker may give back what it has not begun
+        self.patience = 0.0  # seconds after which the worker gives back what it has not begun; 0: it executes all
 
     def __len__(self) -> int:
         return len(self.chunk.items) if self.chunk is not None else len(self.calls)
@@ -481,7 +485,8 @@ class Scheduler:
     def _batch(self, calls: list[Job], chunk: Chunk | None, origin: deque[Job | Chunk]) -> Batch:
         batch = Batch(self._next_batch, calls, chunk, origin)
         pace, unit = (self._call_pace, 1) if chunk is None else (chunk.job.pace, chunk.unit)
-        batch.probe = len(batch) > 1 and pace is None and unit == 1
+        if len(batch) > 1 and unit == 1:
+            batch.patience = _PROBE if pace is None else _PATIENCE
         self._next_batch += 1
         return batch
 
@@ -507,7 +512,9 @@ class Scheduler:
 
     def _note_pace(self, batch: Batch, seconds: float) -> None:
         known = batch.job.pace if batch.chunk is not None else self._call_pace
-        pace = seconds if known is None else known + _NEW_WEIGHT * (seconds - known)
+        # What is quicker than was known is believed at once: the first elements of a job find everything cold, and
+        # if it is not true of those to come, the worker gives them back.
+        pace = seconds if known is None or seconds < known else known + _NEW_WEIGHT * (seconds - known)
         if batch.chunk is not None:
             batch.job.pace = pace
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import faulthandler
-import itertools
+import math
 import multiprocessing
 import os
 import pickle
@@ -31,7 +31,7 @@ from ._exit_status import unblock_interrupts
 from ._messages import Done, Forget, Grant, Message, Move, Need, Ready, Released, Run, StartFailed, Stop
 from ._pipe import PipeEnd, keep_from_children
 from ._slot import (
-    END,
+    NOTHING,
     SLOT_HEADER,
     Entry,
     Mode,
@@ -55,9 +55,6 @@ _ORPHANED: Final = 70
 
 # A worker whose pipe was closed by a task leaves with this, before it puts the task's result on record.
 PIPE_CLOSED: Final = 71
-
-# Elements that take longer than this (nanoseconds) have their starts noted one by one.
-_SLOW: Final = 20_000
 
 _NUMBERS: Final = frozenset((int, float))
 
@@ -196,7 +193,7 @@ class _Server:
         slot.phase[0] = Phase.UNPICKLING
         elements = finished = slot.elements[0]
         try:
-            outcomes = self._load(run)
+            call, items = self._load(run)
         except BaseException as error:
             self._record(RecordWriter(slot, 1), Entry.ERROR, _dump(RemoteError.of(error)))
             finished = -1
@@ -204,23 +201,24 @@ class _Server:
             slot.started[0] = time.monotonic_ns()
             slot.phase[0] = Phase.RUNNING
             began = time.monotonic_ns()
-            finished = self._execute(outcomes, elements)
-            del outcomes  # and with it the items, so that views nobody kept are gone before we say so
+            finished = self._execute(call, items, elements)
+            del items  # so that views nobody kept are gone before we say so
         elapsed = time.monotonic_ns() - began
         self._pipe.send(Done(run.batch, finished, elapsed, self._take_released()))
 
-    def _load(self, run: Run) -> Iterator[Any]:
-        """An iterator that computes one element's result at each step."""
+    def _load(self, run: Run) -> tuple[Callable[[Any], Any], Iterator[Any]]:
+        """What to call with each of the items, and the items."""
         slot = self._slot
         if run.mode == Mode.VALUE:
-            return map(self._function(), [slot.mem.value_ref()])
+            return self._function(), iter([slot.mem.value_ref()])
         if run.region:
             items = unpack_batch(self._parcel(run.region, run.address))
         else:
             items = unpack_batch(Parcel(slot.mem.value_ref(), [], []))
         if run.mode == Mode.CALLS:
-            return itertools.starmap(_call, items)
-        return (map if run.mode == Mode.MAP else itertools.starmap)(self._function(), items)
+            return _call, iter(items)
+        function = self._function()
+        return function if run.mode == Mode.MAP else lambda args: function(*args), iter(items)
 
     def _function(self) -> Callable[..., Any]:
         """The function of a map, which crosses once: later batches only name it."""
@@ -254,27 +252,33 @@ class _Server:
             taken.append(str(self._released.popleft()))
         return ",".join(taken)
 
-    def _execute(self, outcomes: Iterator[Any], elements: int) -> int:
+    def _execute(self, call: Callable[[Any], Any], items: Iterator[Any], elements: int) -> int:
         """Compute and record the results; how many. Fewer than there are if we were told to give back the rest."""
         slot, now = self._slot, time.monotonic_ns
         writer = RecordWriter(slot, elements)
-        began = now()
-        patience = slot.probe[0]
-        while writer.done < elements:
-            try:
-                value = next(outcomes)  # a `for` would take its StopIteration for the end
-                if type(value) in _NUMBERS and not (patience or writer.done) and now() - began < _SLOW:
-                    value = writer.run_packed(outcomes, value)
-                    if value is END:
-                        break
-                entry = self._encode(value)
-            except BaseException as error:
-                entry = Entry.ERROR, _dump(RemoteError.of(error))
-            self._record(writer, *entry)
+        moment = began = now()
+        patience = slot.patience[0]
+        until = began + patience if patience else math.inf
+        while writer.done < elements and moment < until:
+            entry = self._next_entry(writer, call, items, until)
+            if entry is not None:
+                self._record(writer, *entry)
             slot.started[0] = moment = now()
-            if patience and moment - began > patience:
-                return writer.done
-        return elements
+        return writer.done
+
+    def _next_entry(
+        self, writer: RecordWriter, call: Callable[[Any], Any], items: Iterator[Any], until: float
+    ) -> tuple[Entry, bytes | Parcel] | None:
+        """Compute the next result; None if it and others after it have gone on record as plain numbers."""
+        try:
+            value = call(next(items))
+            if not writer.done and type(value) in _NUMBERS:
+                value = writer.run_packed(call, items, value, until)
+                if value is NOTHING:
+                    return None
+            return self._encode(value)
+        except BaseException as error:
+            return Entry.ERROR, _dump(RemoteError.of(error))
 
     def _encode(self, value: Any) -> tuple[Entry, bytes | Parcel]:
         try:
@@ -313,7 +317,8 @@ class _Server:
         return Entry.REGION, Reference(message.region, size, kind).pack()
 
 
-def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call(call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]) -> Any:
+    function, args, kwargs = call
     return function(*args, **kwargs)
 
 

@@ -8,16 +8,20 @@
 
 Who may touch it: the coordinator before it sends `Run` and after it has got `Done` or has seen the worker die; the
 worker in between. `count` moves only after the result it counts is on record, so whoever reads the memory after a
-death finds `count` results, and the element that was executing is the next one.
+death finds `count` results, and the element that was executing is the next one. Where results are packed numbers
+`count` moves in stretches, and between them the numbers themselves tell: those to come are `_BLANK`.
 """
 
 from __future__ import annotations
 
 import enum
+import itertools
+import os
 import pickle
 import struct
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 from .._header import PORTSHM_HEADER
@@ -33,6 +37,7 @@ __all__ = [
     "Mode",
     "Outcome",
     "Phase",
+    "Record",
     "RecordError",
     "RecordWriter",
     "Reference",
@@ -46,22 +51,31 @@ SLOT_HEADER: Final = PORTSHM_HEADER.extend(
     phase="q",  # a `Phase`
     elements="q",  # how many elements the batch has
     started="q",  # time.monotonic_ns() when the present element started, as near as is known
-    probe="q",  # nanoseconds after which the worker gives back what it has not begun; 0: it executes all
+    patience="q",  # nanoseconds after which the worker gives back what it has not begun; 0: it executes all
     head="q",  # bytes of the head, which starts on the first cache line after the value
     record="q",  # offset of the record in the value area
     packed="q",  # how many results at most are packed numbers, the rest being entries
     packed_type="q",  # their format, ord("q") or ord("d")
+    blank="q",  # the bits of a number that is not there yet
 )
 
-# From `batch` to `packed_type`, which follow one another without gaps.
-_CONTROL: Final = struct.Struct("=9q")
+# From `batch` to `blank`, which follow one another without gaps.
+_CONTROL: Final = struct.Struct("=10q")
 
 # Bytes. Reserved for every worker at the start, so small: containers have 64 MB of /dev/shm by default.
 CAPACITY: Final = 512 << 10
 TRACE: Final = 8 << 10
 PAYLOAD_MAX: Final = 64 << 10  # larger payloads go through a region of the store
 ENTRY_MAX: Final = 96  # the entries that name a region or say that there is none: kept free for every element to come
-MAX_ELEMENTS: Final = 4096
+MAX_ELEMENTS: Final = 8192
+
+# Elements that are computed between two looks at the clock, at most, and the nanoseconds that they may have taken.
+_STRETCH: Final = 128
+_QUICK: Final = 50_000
+
+# Eight bytes that are no number among the results: there is one chance in 2**64 that they are, and then it takes a death
+# right after that number for anybody to be wrong.
+_BLANK: Final = os.urandom(8)
 
 _HEAD: Final = struct.Struct("<II")  # length, kind
 _REFERENCE: Final = struct.Struct("<qqq")  # region id, bytes, kind
@@ -104,6 +118,13 @@ class Outcome(NamedTuple):
     data: bytes
 
 
+class Record(NamedTuple):
+    """Results of one batch, as bytes: those that were packed as numbers, then the entries after them."""
+
+    numbers: memoryview = memoryview(b"")
+    entries: list[Outcome] = []  # never changed
+
+
 class Reference(NamedTuple):
     """Where a result that was too large for the record is: a parcel in a region of the store."""
 
@@ -142,13 +163,14 @@ class Slot:
         self.phase = mem.cell("phase")
         self.elements = mem.cell("elements")
         self.started = mem.cell("started")
-        self.probe = mem.cell("probe")
+        self.patience = mem.cell("patience")
         self.head = mem.cell("head")
         self._sequence = mem.cell("sequence")
         self._value_len = mem.cell("value_len")
         self.record = mem.cell("record")
         self.packed = mem.cell("packed")
         self.packed_type = mem.cell("packed_type")
+        self.blank = mem.cell("blank")
         self.area = mem.area()
         fields = mem.layout.fields
         everything = memoryview(self.area.obj)
@@ -166,14 +188,14 @@ class Slot:
     # -- coordinator's side
 
     def prepare(
-        self, batch: int, elements: int, payload: bytes | memoryview, head: bytes = b"", probe: int = 0
+        self, batch: int, elements: int, payload: bytes | memoryview, head: bytes = b"", patience: int = 0
     ) -> None:
         """Put a batch into the memory, which the coordinator owns at this moment."""
         at = aligned(len(payload))
         self.count[0] = 0
         # One store for all of them: the worker reads none before it is told to.
         self._control[:] = _CONTROL.pack(
-            batch, Phase.SENT, elements, 0, probe, len(head), at + aligned(len(head)), 0, 0
+            batch, Phase.SENT, elements, 0, patience, len(head), at + aligned(len(head)), 0, 0, 0
         )
         # What `set_value` does, for bytes that are known to fit: `load` has seen to that.
         # A task may have scribbled over it, so the number may be any.
@@ -194,22 +216,32 @@ class Slot:
         phase = self.phase[0]  # read once: who wrote it may still be writing
         if self.batch[0] != batch or phase not in (Phase.UNPICKLING, Phase.RUNNING):
             return 0, Phase.SENT
-        return max(0, min(self.count[0], self.elements[0])), Phase(phase)
+        return self._finished(), Phase(phase)
 
-    def outcomes(self, count: int, elements: int) -> tuple[list[Any], list[Outcome]]:
-        """The first `count` results: those that were packed as numbers, then the entries after them.
+    def _finished(self) -> int:
+        elements, start = self.elements[0], self.record[0]
+        count = max(0, min(self.count[0], elements))
+        if self.packed[0] > count and start % 8 == 0 and 0 <= start <= self.record_end - 8 * elements:
+            numbers = self.area[start : start + 8 * elements].cast("q")
+            blank = self.blank[0]
+            while count < elements and numbers[count] != blank:
+                count += 1
+        return count
+
+    def outcomes(self, count: int, elements: int) -> Record:
+        """The first `count` results, copied out of the memory, which may then have the next batch.
 
         Everything read here was written by the worker and is checked before it is used: RecordError if it makes
         no sense.
         """
         start, end = self.record[0], self.record_end
         packed = min(count, self.packed[0])
-        numbers: list[Any] = []
+        numbers = memoryview(b"")
         if packed > 0:
             code = {ord("q"): "q", ord("d"): "d"}.get(self.packed_type[0])
             if code is None or start % 8 or not 0 <= start <= end - 8 * elements:
                 raise RecordError(f"packed results of type {self.packed_type[0]} at {start}")
-            numbers = self.area[start : start + 8 * packed].cast(code).tolist()  # type: ignore[call-overload]
+            numbers = memoryview(bytes(self.area[start : start + 8 * packed])).cast(code)  # type: ignore[call-overload]
             start += 8 * elements
         entries = []
         for _ in range(count - len(numbers)):
@@ -221,7 +253,7 @@ class Slot:
                 raise RecordError(f"an entry of kind {kind} with {length} bytes")
             entries.append(Outcome(_ENTRIES[kind], bytes(self.area[start : start + length])))
             start += length
-        return numbers, entries
+        return Record(numbers, entries)
 
     def trace(self) -> str:
         """What faulthandler wrote, or an empty text; cleared by reading."""
@@ -245,40 +277,50 @@ class RecordWriter:
         self._at: int = slot.record[0]
         self.done = 0
 
-    def run_packed(self, outcomes: Iterator[Any], first: Any) -> Any:
-        """Record results as plain numbers for as long as all have the type of the first one.
+    def run_packed(self, call: Callable[[Any], Any], items: Iterator[Any], first: Any, until: float) -> Any:
+        """Compute results and record them as plain numbers, for as long as all have the type of the first one.
 
-        Eight bytes and two stores per result instead of a pickle. Returns the first result that is something else,
-        which is not on record yet, or `END`. What the function raises comes out, with the results before it on record.
+        Eight bytes and one store per result instead of a pickle. Returns the first result that is something else,
+        which is not on record yet, or `NOTHING` after the last element, or the first ones after `until`
+        (time.monotonic_ns). What `call` raises comes out, with the results before it on record.
         """
         kind = type(first)
         code = "q" if kind is int else "d"
         start = self._at
         cells = self._area[start : start + 8 * self._elements].cast(code)  # type: ignore[call-overload]
         self._at += 8 * self._elements
-        count, packed, done = self._count, self._slot.packed, 0
+        count, packed, started, now = self._count, self._slot.packed, self._slot.started, time.monotonic_ns
+        cells.cast("B")[:] = _BLANK * self._elements
         try:
             cells[0] = first
         except ValueError:  # an int of more than 64 bits
             self._at = start
             return first
         self._slot.packed_type[0] = ord(code)
-        packed[0] = self._elements  # an upper bound while we are at it: `count` tells
+        (self._slot.blank[0],) = struct.unpack("=q", _BLANK)
+        packed[0] = self._elements  # an upper bound while we are at it
         count[0] = done = 1
+        started[0] = moment = now()
+        stretch = 1
         try:
-            while done < self._elements:
-                value = next(outcomes)  # in a `for` its StopIteration would be taken for the end
-                if type(value) is not kind:
-                    return value
-                try:
-                    cells[done] = value
-                except ValueError:
-                    return value
-                done += 1
+            while done < self._elements and moment < until:
+                for item in itertools.islice(items, stretch):
+                    value = call(item)  # not in a `map`, which would take a StopIteration of the function's for its end
+                    if type(value) is not kind:
+                        return value
+                    try:
+                        cells[done] = value
+                    except ValueError:
+                        return value
+                    done += 1
+                # These cost as much as an element: so as seldom as nobody misses them.
                 count[0] = done
+                last, moment = moment, now()
+                started[0] = moment
+                stretch = min(2 * stretch, _STRETCH) if moment - last < _QUICK else 1
         finally:
-            packed[0] = self.done = done
-        return END
+            count[0] = packed[0] = self.done = done
+        return NOTHING
 
     def add(self, kind: Entry, data: bytes) -> None:
         """Record and publish one result's entry."""
@@ -294,8 +336,8 @@ class RecordWriter:
         return self._at + _HEAD.size + length <= self._slot.record_end - ENTRY_MAX * left
 
 
-# What `run_packed` returns when the outcomes have ended.
-END: Final = object()
+# What `run_packed` returns when there is nothing left for it to do.
+NOTHING: Final = object()
 
 
 class RemoteError(NamedTuple):

@@ -18,7 +18,7 @@ import pickle
 import struct
 import types
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
@@ -147,7 +147,7 @@ def pack(obj: Any, keeper: Keeper | None = None) -> Parcel:
     return packer.parcel(packer.out.getvalue())
 
 
-def pack_batch(items: list[Any], keeper: Keeper) -> Parcel:
+def pack_batch(items: Sequence[Any], keeper: Keeper) -> Parcel:
     """Pickle the elements of a batch, for `unpack_batch`.
 
     In one piece, if they can have nothing in common that one of them could change; else each by itself, because
@@ -165,7 +165,9 @@ def pack_batch(items: list[Any], keeper: Keeper) -> Parcel:
     return packer.parcel(_ONE_BY_ONE + table + packer.out.getvalue())
 
 
-def _nothing_to_share(items: list[Any]) -> bool:
+def _nothing_to_share(items: Sequence[Any]) -> bool:
+    if type(items) is range:
+        return True
     kinds = set(map(type, items))
     if kinds <= _PLAIN:
         return True

@@ -159,7 +159,7 @@ class Worker:
             raise BrokenPipeError("no process in this slot")
         self.pipe.send(message)
 
-    def load(self, batch: int, elements: int, payload: bytes | memoryview, head: bytes, probe: int) -> None:
+    def load(self, batch: int, elements: int, payload: bytes | memoryview, head: bytes, patience: int) -> None:
         """Put a batch into the slot's memory, which grows where it must. A `Run` message then hands it over."""
         needed = self.slot.room_needed(elements, len(payload), len(head))
         if needed > self.slot.mem.capacity:
@@ -167,7 +167,7 @@ class Worker:
             self.slot.adopt(self.slot.mem)
             with contextlib.suppress(OSError):  # the process is gone, which `Run` will show
                 self.send(Move(str(self.slot.mem.address)))
-        self.slot.prepare(batch, elements, payload, head, probe)
+        self.slot.prepare(batch, elements, payload, head, patience)
 
     def stop(self) -> None:
         """Ask the process to leave when it is done; it may be gone already."""

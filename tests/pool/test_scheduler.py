@@ -371,7 +371,7 @@ def test_of_unknown_pace_a_few_to_look_at() -> None:
     slot = start(scheduler, Map(), 1000)
     assert slot.batch is not None
     assert 1 <= len(slot.batch) <= 16
-    assert slot.batch.probe is (len(slot.batch) > 1)
+    assert bool(slot.batch.patience) is (len(slot.batch) > 1)
 
 
 def test_what_a_worker_gives_back_is_sent_elsewhere() -> None:
@@ -381,7 +381,7 @@ def test_what_a_worker_gives_back_is_sent_elsewhere() -> None:
     assert len(slot.batch) > 1
     assert scheduler.done(slot, 1, 0.2)
     assert indices(slot.batch) == [1], "elements of 0.2 s travel alone"
-    assert not slot.batch.probe
+    assert not slot.batch.patience
 
 
 @pytest.mark.parametrize(("pace", "expected"), [(1.0, 1), (0.001, 1), (0.0001, 10), (0.00001, 100)])
@@ -639,7 +639,7 @@ def test_a_unit_is_never_given_back_by_half() -> None:
     slot = start(scheduler, Map(), 1000, unit=5)
     assert slot.batch is not None
     assert indices(slot.batch) == list(range(5)), "one of them, while the pace is unknown"
-    assert not slot.batch.probe
+    assert not slot.batch.patience
 
 
 def test_half_of_a_unit_stays_together_and_the_next_is_whole_again(scheduler: Scheduler) -> None:
@@ -712,7 +712,7 @@ def test_each_map_has_its_own_pace_and_calls_have_one() -> None:
     scheduler.done(slot, 1, 1.0)
     assert indices(slot.batch) == [1]
     assert slot.batch is not None
-    assert not slot.batch.probe
+    assert not slot.batch.patience
 
 
 # -- nobody's any more

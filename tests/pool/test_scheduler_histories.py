@@ -137,7 +137,7 @@ class World:
             batch = slot.batch
             assert batch is not None
             if peaceful or chance.random() < 0.6:
-                few = batch.probe and chance.random() < 0.5
+                few = batch.patience and chance.random() < 0.5
                 finished = chance.randint(1, len(batch)) if few else len(batch)
                 self.execute(slot, batch, finished)
                 self.used.add(slot.id)

@@ -14,7 +14,7 @@ import pytest
 from portshm import SharedMem
 from portshm.pool._slot import (
     CAPACITY,
-    END,
+    NOTHING,
     SLOT_HEADER,
     TRACE,
     Entry,
@@ -49,11 +49,15 @@ def record(slot: Slot, values: list[Any]) -> list[Any]:
     while writer.done < len(values):
         value = next(outcomes)
         if type(value) in (int, float) and writer.done == 0:
-            value = writer.run_packed(outcomes, value)
-            if value is END:
+            value = writer.run_packed(itself, outcomes, value, math.inf)
+            if value is NOTHING:
                 break
         writer.add(Entry.VALUE, pickle.dumps(value))
     return read(slot, len(values))
+
+
+def itself(value: Any) -> Any:
+    return value
 
 
 def read(slot: Slot, elements: int) -> list[Any]:
@@ -115,12 +119,37 @@ def test_what_is_on_record_at_any_instant(slot: Slot, dead_after: int) -> None:
     with pytest.raises(Death):
         if dead_after == 0:
             raise Death
-        value = writer.run_packed(outcomes, values[0])
+        value = writer.run_packed(itself, outcomes, values[0], math.inf)
         while True:
             writer.add(Entry.VALUE, pickle.dumps(value))
             value = next(outcomes)
     assert slot.progress(7) == (dead_after, Phase.RUNNING)
     assert read(slot, len(values)) == values[:dead_after]
+
+
+@pytest.mark.parametrize("kind", [int, float])
+def test_a_packed_result_is_on_record_before_the_next_element_starts(slot: Slot, kind: type) -> None:
+    """Also between two stretches, where a kill leaves no time to count."""
+    seen = []
+
+    def call(item: int) -> Any:
+        seen.append(slot.progress(7))
+        found.append(list(slot.outcomes(seen[-1][0], 500).numbers))
+        return kind(-item)
+
+    found: list[Any] = []
+    writer = begin(slot, 500)
+    assert writer.run_packed(call, iter(range(1, 500)), kind(0), math.inf) is NOTHING
+    assert seen == [(done, Phase.RUNNING) for done in range(1, 500)]
+    assert found == [[-item for item in range(done)] for done in range(1, 500)]
+    assert writer.done == 500
+
+
+def test_packed_results_end_when_the_time_is_up(slot: Slot) -> None:
+    writer = begin(slot, 500)
+    assert writer.run_packed(itself, iter(range(1, 500)), 0, 0.0) is NOTHING
+    assert 1 <= writer.done < 500
+    assert read(slot, 500) == list(range(writer.done))
 
 
 def test_an_exception_among_packed_results(slot: Slot) -> None:
@@ -130,11 +159,11 @@ def test_an_exception_among_packed_results(slot: Slot) -> None:
 
     writer = begin(slot, 5)
     with pytest.raises(ValueError):
-        writer.run_packed(computed(), 1)
+        writer.run_packed(itself, computed(), 1, math.inf)
     assert writer.done == 2
     writer.add(Entry.ERROR, b"error")
     numbers, entries = slot.outcomes(3, 5)
-    assert numbers == [1, 2]
+    assert list(numbers) == [1, 2]
     assert entries == [Outcome(Entry.ERROR, b"error")]
 
 
