@@ -6,12 +6,13 @@ import errno
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 from .._region import Region, RegionAddress
 from ..errors import RegionExistsError, RegionNameError, RegionNotFoundError
 from ._located import Located, announce, locate
-from ._system import free_bytes, marker_dir, memory_dir
+from ._system import fill_file, free_bytes, marker_dir, memory_dir
 from .file import FileRegion
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ __all__ = [
     "announce",
     "attach_region",
     "create_region",
+    "fill_region",
     "locate",
     "marker_dir",
     "private_view",
@@ -64,6 +66,20 @@ def attach_region(address: RegionAddress, *, readonly: bool = False) -> Region:
     if address.kind == "file":
         return FileRegion.attach(address, readonly=readonly)
     return _named().attach(address, readonly=readonly)
+
+
+def fill_region(address: RegionAddress, pieces: Iterable[tuple[int, bytes | memoryview]]) -> None:
+    """Write pieces at their offsets into a region that exists and has room for them."""
+    if address.kind == "file":
+        fill_file(address.name, pieces)
+        return
+    region = _named().attach(address)
+    try:
+        memory = region.view()
+        for at, piece in pieces:
+            memory[at : at + len(piece)] = piece
+    finally:
+        region.close()
 
 
 def private_view(address: RegionAddress) -> memoryview:

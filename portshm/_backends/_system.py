@@ -8,6 +8,7 @@ from typing import Final
 if sys.platform == "win32":
     from ._windows import (
         OwnedFile,
+        fill_file,
         free_bytes,
         map_existing,
         marker_dir,
@@ -24,6 +25,7 @@ if sys.platform == "win32":
 else:
     from ._posix import (
         OwnedFile,
+        fill_file,
         free_bytes,
         map_existing,
         marker_dir,
@@ -41,6 +43,7 @@ else:
 __all__ = [
     "MARKER_SUFFIX",
     "OwnedFile",
+    "fill_file",
     "free_bytes",
     "map_existing",
     "marker_dir",

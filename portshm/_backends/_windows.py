@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 
 from ..errors import RegionExistsError, RegionFullError, RegionNotFoundError, RegionRefusedError
 
@@ -72,6 +73,18 @@ def open_existing(path: str, *, readonly: bool = False) -> int:
 
 def map_existing(fd: int, *, access: int) -> mmap.mmap:
     return mmap.mmap(fd, 0, access=access)
+
+
+def fill_file(path: str, pieces: Iterable[tuple[int, bytes | memoryview]]) -> None:
+    # Not by writing to the file, whose mapped views need not see that (MapViewOfFile, "Remarks").
+    fd = open_existing(path)
+    try:
+        mapping = map_existing(fd, access=mmap.ACCESS_WRITE)
+    finally:
+        os.close(fd)
+    with mapping:
+        for at, piece in pieces:
+            mapping[at : at + len(piece)] = piece
 
 
 def owner_alive(path: str) -> bool | None:

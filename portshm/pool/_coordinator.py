@@ -928,9 +928,7 @@ class Coordinator:
 
     # -- results
 
-    def _unpickled(
-        self, worker: Worker, record: Record
-    ) -> tuple[list[Any], list[tuple[bool, Any]]]:
+    def _unpickled(self, worker: Worker, record: Record) -> tuple[list[Any], list[tuple[bool, Any]]]:
         return record.numbers.tolist(), [self._result(worker, entry) for entry in record.entries]
 
     def _result(self, worker: Worker, entry: Outcome) -> tuple[bool, Any]:

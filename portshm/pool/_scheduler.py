@@ -32,7 +32,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from ._slot import MAX_ELEMENTS, Mode, Phase
@@ -106,7 +106,7 @@ class Chunk:
 
     __slots__ = ("_at", "items", "job", "start", "unit")
 
-    def __init__(self, job: Job, start: int, items: list[Any], unit: int = 1) -> None:
+    def __init__(self, job: Job, start: int, items: Sequence[Any], unit: int = 1) -> None:
         self.job = job
         self.start = start  # index of the first element that is left
         self.items = items
@@ -124,7 +124,7 @@ class Chunk:
         """How many units begin in the next `count` elements, so that none is counted twice wherever it is cut."""
         return -(-(self.start + count) // self.unit) - -(-self.start // self.unit)
 
-    def take(self, count: int) -> list[Any]:
+    def take(self, count: int) -> Sequence[Any]:
         """The next `count` items, which the chunk no longer has."""
         at, self._at = self._at, self._at + count
         self.start += count
@@ -464,7 +464,7 @@ class Scheduler:
         elif job.pace is None and unit > 1:
             limit = 1  # one unit at first: whole units are not given back
         limit = min(limit, most)
-        items: list[Any] = []
+        items: Sequence[Any] = []
         while queue and len(items) < limit:
             chunk = queue[0]
             if not isinstance(chunk, Chunk) or chunk.job is not job or chunk.start != start + len(items):
@@ -475,7 +475,7 @@ class Scheduler:
                 break
             self._note(chunk, -1)
             taken = chunk.take(count)
-            items = items + taken if items else taken
+            items = [*items, *taken] if items else taken
             if len(chunk):
                 self._note(chunk, 1)
                 break

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from .._backends import attach_region, private_view
+from .._backends import fill_region, private_view
 from .._region import RegionAddress
 from .._shared_mem import SharedMem
 from ..errors import RegionFullError
@@ -309,11 +309,7 @@ class _Server:
         self._inbox[:0] = waiting
         if not message.region:
             raise RegionFullError(errno.ENOSPC, message.address, "shared memory")
-        region = attach_region(RegionAddress.parse(message.address))
-        try:
-            parcel.write_into(region.view())
-        finally:
-            region.close()
+        fill_region(RegionAddress.parse(message.address), parcel.pieces())
         return Entry.REGION, Reference(message.region, size, kind).pack()
 
 

@@ -21,7 +21,7 @@ import pickle
 import struct
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from .._header import PORTSHM_HEADER
@@ -73,8 +73,8 @@ MAX_ELEMENTS: Final = 8192
 _STRETCH: Final = 128
 _QUICK: Final = 50_000
 
-# Eight bytes that are no number among the results: there is one chance in 2**64 that they are, and then it takes a death
-# right after that number for anybody to be wrong.
+# Eight bytes that are no number among the results: there is one chance in 2**64 that they are, and then it takes a
+# death right after that number for anybody to be wrong.
 _BLANK: Final = os.urandom(8)
 
 _HEAD: Final = struct.Struct("<II")  # length, kind
@@ -122,7 +122,7 @@ class Record(NamedTuple):
     """Results of one batch, as bytes: those that were packed as numbers, then the entries after them."""
 
     numbers: memoryview = memoryview(b"")
-    entries: list[Outcome] = []  # never changed
+    entries: Sequence[Outcome] = ()
 
 
 class Reference(NamedTuple):

@@ -18,12 +18,13 @@ import pickle
 import struct
 import types
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 from .._backends import locate
 from ..errors import TransportError
+from ._large_bytes import copy_of
 
 __all__ = ["Parcel", "Place", "pack", "pack_batch", "pack_small", "read_parcel", "unpack", "unpack_batch"]
 
@@ -77,7 +78,7 @@ class _Unpickler(pickle.Unpickler):
         index, mutable = pid
         found = self.loaded.get(index)
         if found is None:
-            found = self.loaded[index] = bytearray(self.large[index]) if mutable else bytes(self.large[index])
+            found = self.loaded[index] = bytearray(self.large[index]) if mutable else copy_of(self.large[index])
         return found
 
 
@@ -112,18 +113,23 @@ class Parcel(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes that `write_into` needs."""
+        """Bytes of memory that it needs."""
         parts = self._parts()
         return _aligned(_COUNT.size * (2 + len(parts))) + sum(_aligned(len(part)) for part in parts)
 
-    def write_into(self, memory: memoryview) -> None:
+    def pieces(self) -> Iterator[tuple[int, bytes | memoryview]]:
+        """What is to be written into the memory, and at which offsets."""
         parts = self._parts()
         table = [len(self.views), len(self.large), *(len(part) for part in parts)]
-        struct.pack_into(f"<{len(table)}Q", memory, 0, *table)
+        yield 0, struct.pack(f"<{len(table)}Q", *table)
         at = _aligned(_COUNT.size * len(table))
         for part in parts:
-            memory[at : at + len(part)] = part
+            yield at, part
             at += _aligned(len(part))
+
+    def write_into(self, memory: memoryview) -> None:
+        for at, piece in self.pieces():
+            memory[at : at + len(piece)] = piece
 
 
 class Keeper(Protocol):

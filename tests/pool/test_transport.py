@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from portshm.pool._large_bytes import copy_of
 from portshm.pool._regions import RegionStore
 from portshm.pool._transport import OUT_OF_BAND, Parcel, pack, pack_batch, pack_small, read_parcel, unpack
 
@@ -58,6 +59,18 @@ def test_round_trip(kind: str, size: int) -> None:
     found = through_memory(value)
     assert found == value
     assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("size", [0, 1, (4 << 20) - 1, 4 << 20, (4 << 20) + 1, (9 << 20) + 12_345])
+@pytest.mark.parametrize("readonly", [False, True])
+def test_a_copy_is_bytes_of_its_own(size: int, readonly: bool) -> None:
+    source = bytearray(random.Random(size).randbytes(size))
+    expected = bytes(source)
+    found = copy_of(memoryview(source).toreadonly() if readonly else memoryview(source))
+    source[:] = bytes(size)
+    assert type(found) is bytes
+    assert found == expected
+    assert hash(found) == hash(expected)
 
 
 def test_a_pickle_buffer_arrives_as_a_view() -> None:
