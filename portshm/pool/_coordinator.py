@@ -19,21 +19,20 @@ import pickle
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
-from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from .._buffers import raw_bytes
 from .._reaper import clean
 from ..errors import PoolError, TaskTimeoutError, TransportError, WorkerCrashed, WorkerStartError
-from ._messages import Done, Forget, GarbageError, Grant, Need, Ready, Released, Run, StartFailed
+from ._delivery import Delivery, fail, rebuild, settle
+from ._loading import Loader, NoRoomError, UnsendableError
+from ._messages import Done, Forget, GarbageError, Grant, Need, Ready, Released, StartFailed
 from ._pipe import keep_from_children
-from ._regions import RegionStore, StoredRegion, StoreFullError
+from ._regions import RegionStore
 from ._results import MapJob
 from ._scheduler import Batch, Chunk, Job, Scheduler, SlotState, State
 from ._server import PIPE_CLOSED
-from ._slot import PAYLOAD_MAX, Entry, Mode, Outcome, Phase, Record, RecordError, Reference, RemoteError
-from ._transport import Place, pack, pack_batch, read_parcel, unpack
+from ._slot import Mode, Phase, Record, RecordError
 from ._waiter import CAN_TALK, Waiter
 from ._worker import Obituary, Worker, WorkerSettings
 
@@ -55,9 +54,6 @@ _QUICK_DEATH: Final = 0.5
 
 _WAKE: Final = "wake"
 
-# Bytes of payload beyond which a batch of several elements is cut.
-_LARGE_BATCH: Final = 1 << 20
-
 
 class WorkerStats(NamedTuple):
     """One worker, seen without asking it."""
@@ -70,27 +66,8 @@ class WorkerStats(NamedTuple):
     shared_bytes: int
 
 
-class PackedFunction(NamedTuple):
-    """The function of a map as it is sent: pickled, or in a region of the store if it is large."""
-
-    pickled: bytes | None
-    stored: StoredRegion | None
-    places: tuple[Place, ...] = ()
-
-
 class ClosedError(Exception):
     """Submitted after `close`."""
-
-
-class _UnsendableError(Exception):
-    """Elements of a batch (by position) that cannot be pickled."""
-
-    def __init__(self, failed: dict[int, BaseException]) -> None:
-        self.failed = failed
-
-
-class _NoRoomError(Exception):
-    """The store is full for now; other batches will give space back."""
 
 
 class Coordinator:
@@ -112,6 +89,8 @@ class Coordinator:
         # Reentrant, because a garbage collection under it may end our own pool, whose destructor closes us.
         self._lock = threading.RLock()
         self._store = RegionStore(settings.backend, max_shared_bytes)
+        self._loader = Loader(self._scheduler, self._lock, self._store)
+        self._delivery = Delivery(self._store)
         self._start_timeout = start_timeout
         self._waiter = Waiter()
         self._wake_reader, self._wake_writer = multiprocessing.Pipe(duplex=False)
@@ -606,12 +585,12 @@ class Coordinator:
             self._send(slot)
         elif slot.state is State.RETIRING:
             worker.stop()
-        self._deliver(batch, *self._unpickled(worker, record))
+        self._delivery.deliver(worker, batch, record)
 
     def _on_unreadable(self, worker: Worker, slot: SlotState) -> None:
         try:
             _, entries = worker.slot.outcomes(1, 1)
-            reason: BaseException = _rebuild(pickle.loads(entries[0].data))
+            reason: BaseException = rebuild(pickle.loads(entries[0].data))
         except Exception as problem:
             reason = problem
         assert slot.batch is not None
@@ -624,7 +603,7 @@ class Coordinator:
             job, index, _ = verdict.culprit
             error = TransportError(f"the worker could not unpickle what it was to call: {reason!r}")
             error.__cause__ = reason
-            _fail(job, index, error)
+            fail(job, index, error)
         if got:
             self._send(slot)
 
@@ -694,11 +673,11 @@ class Coordinator:
             worker.tasks_done += finished
             self._starved = False
         if batch is not None:
-            self._deliver(batch, *self._unpickled(worker, record))
+            self._delivery.deliver(worker, batch, record)
         for id in [*worker.regions, *worker.granted]:
             self._store.release(id)
         for job, index, arguments in [*lost, *filter(None, [verdict.culprit])]:
-            _fail(job, index, self._crash(worker, obituary, job, index, item if item is not None else arguments))
+            fail(job, index, self._crash(worker, obituary, job, index, item if item is not None else arguments))
         logger.info("worker %s ended: %s", obituary.pid, obituary.cause)
         if was_starting:
             if not self.closing or not self._all_done():
@@ -800,17 +779,17 @@ class Coordinator:
     def _try_send(self, worker: Worker, slot: SlotState, batch: Batch) -> bool:
         """Send the batch, if it can be sent; else deal with it, and let the slot have another."""
         try:
-            message = self._load(worker, slot, batch)
-        except _UnsendableError as error:
+            message = self._loader.load(worker, slot, batch)
+        except UnsendableError as error:
             with self._lock:
                 self._scheduler.unsendable(slot, error.failed)
                 if not worker.died:
                     self._scheduler.free(slot)
             for position, reason in error.failed.items():
                 job, index, _ = batch.owner(position)
-                _fail(job, index, reason)
+                fail(job, index, reason)
             return False
-        except _NoRoomError:
+        except NoRoomError:
             with self._lock:
                 self._scheduler.unsendable(slot, ())
                 self._starved = any(other.batch is not None for other in self._scheduler.slots)
@@ -820,187 +799,6 @@ class Coordinator:
         with contextlib.suppress(OSError):  # the process is gone, which the loop will notice
             worker.send(message)
         return True
-
-    def _load(self, worker: Worker, slot: SlotState, batch: Batch) -> Run:
-        """Put the batch into memory. What goes wrong with it is an _UnsendableError, whatever it was."""
-        try:
-            if batch.mode is Mode.VALUE:
-                assert batch.chunk is not None
-                stored: StoredRegion | None = None
-                payload: bytes | memoryview = raw_bytes(batch.chunk.items[0])
-            else:
-                parcel = self._pack(batch)
-                if parcel.plain and len(parcel.stream) < PAYLOAD_MAX:
-                    self._scheduler.lighten(batch)
-                elif len(batch) > 1 and parcel.size > _LARGE_BATCH:
-                    # Large elements are not waited for in company.
-                    with self._lock:
-                        self._scheduler.trim(slot, max(1, len(batch) * _LARGE_BATCH // parcel.size), parcel.size)
-                    parcel = self._pack(batch)
-                payload, stored = parcel.stream, None
-            head = b"" if batch.mode is Mode.CALLS else self._function_head(worker, batch)
-            if batch.mode is not Mode.VALUE and (not parcel.plain or len(payload) > PAYLOAD_MAX):
-                stored = self._store_parcel(parcel)
-                payload = b""
-                self._entrust(worker, stored.id, parcel.places.values())
-            worker.load(batch.id, len(batch), payload, head, int(batch.patience * 1e9))
-        except (_UnsendableError, _NoRoomError):
-            raise
-        except Exception as error:
-            raise _UnsendableError(dict.fromkeys(range(len(batch)), error)) from error
-        if stored is None:
-            return Run(batch.id, batch.mode)
-        return Run(batch.id, batch.mode, stored.id, stored.address)
-
-    def _pack(self, batch: Batch) -> Any:
-        content = batch.chunk.items if batch.chunk is not None else [call.call for call in batch.calls]
-        try:
-            return pack_batch(content, self._store)
-        except BaseException as error:
-            if len(content) == 1:
-                raise _UnsendableError({0: error}) from error
-        # Which ones are to blame?
-        failed = {}
-        for position, item in enumerate(content):
-            try:
-                pack([item], self._store)
-            except BaseException as error:
-                failed[position] = error
-        if not failed:  # each alone can be pickled: then each alone it is, whatever that was
-            raise _UnsendableError({0: PoolError("could be pickled alone, but not together with others")})
-        raise _UnsendableError(failed)
-
-    def _store_parcel(self, parcel: Any) -> StoredRegion:
-        try:
-            stored = self._store.acquire(parcel.size)
-        except StoreFullError:
-            with self._lock:
-                busy = sum(slot.batch is not None for slot in self._scheduler.slots)
-            if busy > 1:
-                raise _NoRoomError from None
-            stored = self._store.acquire(parcel.size, force=True)  # nobody else would ever make room
-        parcel.write_into(stored.view)
-        return stored
-
-    def _function_head(self, worker: Worker, batch: Batch) -> bytes:
-        job = batch.job
-        assert isinstance(job, MapJob)
-        if job.id in worker.functions:
-            return pickle.dumps((job.id, None, 0, ""), 5)
-        with self._lock:
-            packed = job.packed_function
-        if packed is None:
-            try:
-                packed = self._pack_function(job)
-            except BaseException as error:
-                raise _UnsendableError(dict.fromkeys(range(len(batch)), error)) from error
-        worker.functions.add(job.id)
-        if packed.stored is None:
-            return pickle.dumps((job.id, packed.pickled, 0, ""), 5)
-        self._store.add_user(packed.stored.id)
-        self._entrust(worker, packed.stored.id, packed.places)
-        return pickle.dumps((job.id, None, packed.stored.id, packed.stored.address), 5)
-
-    def _entrust(self, worker: Worker, id: int, places: Iterable[Place]) -> None:
-        """Note the regions that the worker holds from now on: a payload's, and those that its buffers lie in."""
-        worker.regions.append(id)
-        for place in places:
-            if place.region:
-                self._store.add_user(place.region)
-                worker.regions.append(place.region)
-
-    def _pack_function(self, job: MapJob) -> PackedFunction:
-        parcel = pack(job.function, self._store)
-        if not parcel.plain or len(parcel.stream) > PAYLOAD_MAX:
-            stored = self._store.acquire(parcel.size, force=True)
-            parcel.write_into(stored.view)
-            packed = PackedFunction(None, stored, tuple(parcel.places.values()))
-        else:
-            packed = PackedFunction(bytes(parcel.stream), None)
-        with self._lock:
-            if job.packed_function is None:
-                job.packed_function = packed
-                return packed
-            first: PackedFunction = job.packed_function
-        if packed.stored is not None:  # another thread was quicker
-            self._store.release(packed.stored.id)
-        return first
-
-    # -- results
-
-    def _unpickled(self, worker: Worker, record: Record) -> tuple[list[Any], list[tuple[bool, Any]]]:
-        return record.numbers.tolist(), [self._result(worker, entry) for entry in record.entries]
-
-    def _result(self, worker: Worker, entry: Outcome) -> tuple[bool, Any]:
-        """(ok, result or exception) of one entry. Whatever the bytes do when they are unpickled ends here."""
-        kind, data = entry
-        try:
-            if kind is Entry.REGION:
-                reference = Reference.unpack(data)
-                if reference.kind is Entry.VALUE:
-                    return True, self._fetch(worker, reference)
-                kind, data = reference.kind, self._fetch_bytes(worker, reference)
-            if kind is Entry.VALUE:
-                return True, pickle.loads(data)
-            if kind is Entry.ERROR:
-                return False, _rebuild(pickle.loads(data))
-            return False, _Unpicklable(*pickle.loads(data))
-        except BaseException as error:
-            failure = TransportError(f"the result could not be unpickled: {error!r}")
-            failure.__cause__ = error
-            return False, failure
-
-    def _fetch(self, worker: Worker, reference: Reference) -> Any:
-        """A large result; its buffers stay where they are, for as long as the user keeps them."""
-        stored = self._granted(worker, reference)
-        try:
-            parcel = read_parcel(stored.view)
-            if not parcel.views:
-                return unpack(parcel)
-            self._store.add_user(stored.id)
-            return unpack(read_parcel(self._store.lease(stored)))
-        finally:
-            self._store.release(stored.id)
-
-    def _fetch_bytes(self, worker: Worker, reference: Reference) -> bytes:
-        stored = self._granted(worker, reference)
-        try:
-            return bytes(read_parcel(stored.view).stream)
-        finally:
-            self._store.release(stored.id)
-
-    def _granted(self, worker: Worker, reference: Reference) -> StoredRegion:
-        stored = worker.granted.pop(reference.region, None)
-        if stored is None:
-            raise RecordError(f"a reference to region {reference.region}, which was not granted")
-        return stored
-
-    def _deliver(self, batch: Batch, numbers: list[Any], outcomes: list[tuple[bool, Any]]) -> None:
-        """Settle the first elements of a batch: those with plain numbers, then those with outcomes."""
-        if batch.chunk is None:
-            for call, number in zip(batch.calls, numbers, strict=False):
-                call.settle(True, number)
-            for call, (ok, value) in zip(batch.calls[len(numbers) :], outcomes, strict=False):
-                _settle(call, ok, value)
-            return
-        job, start = batch.chunk.job, batch.chunk.start
-        assert isinstance(job, MapJob)
-        if numbers:
-            count = len(numbers)
-            job.deliver(start, numbers)
-            start += count
-        if not outcomes:
-            return
-        if all(ok for ok, _ in outcomes):
-            values = [value for _, value in outcomes]
-            outcomes.clear()  # who gets them must be the last to have them
-            job.deliver(start, values)
-            return
-        for index, (ok, value) in enumerate(outcomes, start):
-            if ok:
-                job.deliver(index, [value])
-            else:
-                _fail(job, index, value)
 
     # -- the end
 
@@ -1065,44 +863,7 @@ class Coordinator:
                 assert isinstance(entry.job, MapJob)
                 entry.job.abort(error)
             else:
-                _settle(entry, False, error)
-
-
-class _Unpicklable:
-    """A result that could not be pickled, as the worker describes it; each face has its own exception for it."""
-
-    def __init__(self, value: str, reason: RemoteError) -> None:
-        self.value = value
-        self.reason = _rebuild(reason)
-
-
-def _settle(call: Job, ok: bool, value: Any) -> None:
-    if isinstance(value, _Unpicklable):
-        value = call.unpicklable(value.value, value.reason)
-    call.settle(ok, value)
-
-
-def _fail(job: Job, index: int, error: Any) -> None:
-    if not isinstance(job, MapJob):
-        _settle(job, False, error)
-        return
-    if isinstance(error, _Unpicklable):
-        error = job.unpicklable(error.value, error.reason)
-    job.fail(index, error)
-
-
-def _rebuild(remote: RemoteError) -> BaseException:
-    """The task's exception with the worker's traceback as its cause, or the next best thing."""
-    error: Any = None
-    if remote.pickled is not None:
-        try:
-            error = pickle.loads(remote.pickled)
-        except BaseException as reason:
-            error = TransportError(f"the task raised {remote.text}, which cannot be rebuilt here: {reason!r}")
-    if not isinstance(error, BaseException):
-        error = TransportError(f"the task raised {remote.text}, which cannot be pickled")
-    error.__cause__ = RemoteTraceback(f'\n"""\n{remote.traceback}"""')
-    return error  # type: ignore[no-any-return]
+                settle(entry, False, error)
 
 
 def _run_callbacks(actions: queue.SimpleQueue[Callable[[], None] | None]) -> None:

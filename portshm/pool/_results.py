@@ -199,7 +199,7 @@ class MapJob(Job):
         self.engine = engine
         self.timeout = timeout
         self.retries = retries
-        self.packed_function: Any = None  # the coordinator's
+        self.packed_function: Any = None  # the loader's
         self._on_crash = on_crash
 
     def unpicklable(self, value: str, reason: BaseException) -> BaseException:
