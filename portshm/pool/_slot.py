@@ -70,7 +70,7 @@ ENTRY_MAX: Final = 96  # the entries that name a region or say that there is non
 MAX_ELEMENTS: Final = 8192
 
 # Elements that are computed between two looks at the clock, at most, and the nanoseconds that they may have taken.
-_STRETCH: Final = 128
+_STRETCH: Final = 32
 _QUICK: Final = 50_000
 
 # Eight bytes that are no number among the results: there is one chance in 2**64 that they are, and then it takes a
