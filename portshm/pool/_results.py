@@ -248,6 +248,8 @@ class MapResult(MapJob):
         self._left = length
         self._error: BaseException | None = None
         self._error_index = -1
+        if length == 0:  # as in the standard library
+            callback = error_callback = None
         self._result: AsyncResult[list[Any]] = AsyncResult(_nothing, (), {}, engine, callback, error_callback)
         self._result.keeps = keeps
         if length == 0:

@@ -206,6 +206,8 @@ def test_callbacks_have_run_when_the_wait_ends(make: Callable[..., Any]) -> None
     pool.apply_async(square, (2,), **callbacks).wait()
     pool.map_async(square, [1, 2, 3], **callbacks).wait()
     pool.starmap_async(add, [(1, 2)], **callbacks).wait()
+    assert pool.map_async(square, [], **callbacks).get() == []
+    pool.apply_async(square, (0,)).wait()
     assert (good, bad) == ([4, [1, 4, 9], [3]], [])
     result = pool.apply_async(fail, ("x",), **callbacks)
     with pytest.raises(KeyError):
