@@ -6,9 +6,11 @@ import contextlib
 import gc
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -284,11 +286,19 @@ with Pool(1) as pool:
 }
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A temporary folder for programs with a forkserver: a socket's path has 104 bytes at most (macOS)."""
+    path = Path(tempfile.mkdtemp(prefix="t", dir="/tmp" if os.path.isdir("/tmp") else None))
+    yield path
+    shutil.rmtree(path)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 @pytest.mark.parametrize(("busy", "remover"), [("idle", "clean"), ("busy", "pool"), ("busy", "clean")])
-def test_sigkill_of_the_coordinator(start_method: str, busy: str, remover: str, tmp_path: Path) -> None:
+def test_sigkill_of_the_coordinator(start_method: str, busy: str, remover: str, short_path: Path) -> None:
     # In a folder of its own, or pools of other tests that run at the same time would take the evidence away.
-    log, env = str(tmp_path / "log"), {**environment(), "TMPDIR": str(tmp_path)}
+    log, env = str(short_path / "log"), {**environment(), "TMPDIR": str(short_path)}
     program = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", COORDINATOR, start_method, busy, log],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -305,7 +315,7 @@ def test_sigkill_of_the_coordinator(start_method: str, busy: str, remover: str, 
         print(f"{start_method}, {busy}: no worker left after {took:.3f} s")
         program.wait()
         for address in addresses:
-            assert str(tmp_path) in address
+            assert str(short_path) in address
             with SharedMem.attach(address, readonly=True, header=None) as mem:
                 assert (b"noted_hang" in mem.value_copy()) is (busy == "busy")
         command = [sys.executable, "-m", "portshm", "inspect", addresses[0]]
