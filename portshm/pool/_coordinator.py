@@ -2,8 +2,11 @@
 
 One thread per pool runs the loop. All state is changed under one lock, and nothing is done under it that could
 wait: no send, no pickling, no user code. Whoever is handed a slot with a batch by the scheduler sends it, be it the
-loop or the thread that submitted: meanwhile `Worker.sending` is set, and the slot's memory is that thread's alone.
+loop or the thread that submitted: meanwhile `Worker.sender` is that thread, and the slot's memory is its alone.
 A death that is noticed then is dealt with when the sender is done.
+
+A thread of the user's may be stopped between any two steps by an exception that is not of our making: Ctrl-C, in the
+main thread. What it leaves half done is put in order by `_interrupted`.
 
 Sinks of results (`_results.py`) are settled by the loop without the lock.
 """
@@ -110,6 +113,8 @@ class Coordinator:
         self._starved = False  # a batch went back to the queue for want of room in the store
         self._ending = False  # one of: closing, terminating, broken
         self._terminating = False
+        self._running = False  # the loop
+        self._stillborn = False  # it is not to run any more: the start has failed
         self._timed = True  # there may be a deadline to be kept
         self._reason = "the pool was terminated"
         self.broken: BaseException | None = None
@@ -153,8 +158,13 @@ class Coordinator:
             self._thread.start()
         except BaseException:
             self._terminating = self._ending = True
-            self._end_processes()
-            self._release()
+            with self._lock:  # an interrupt may have come when the thread was there already
+                self._stillborn = not self._running
+            if self._stillborn:
+                self._end_processes()
+                self._release()
+            else:
+                self.wake()
             raise
 
     @property
@@ -163,22 +173,26 @@ class Coordinator:
 
     def submit(self, entry: Job | Chunk) -> None:
         """Queue a call or a chunk; sent from this very thread if a worker is idle. ClosedError after `close`."""
-        with self._lock:
-            # While we are closing chunks may still come: their map began before that.
-            refused = self._ending and (self._ends_now or isinstance(entry, Job))
-            slot = None if refused else self._scheduler.submit(entry)
+        try:
+            with self._lock:
+                # While we are closing chunks may still come: their map began before that.
+                refused = self._ending and (self._ends_now or isinstance(entry, Job))
+                slot = None if refused else self._scheduler.submit(entry)
+                if slot is not None:
+                    self._workers[slot.id].sender = threading.get_ident()
             if slot is not None:
-                self._workers[slot.id].sending = True
-        if slot is not None:
-            self._send(slot)
+                self._send(slot)
             if self._scheduler.can_assign:
-                self._send_leftovers()  # there is enough for others who are idle
-        elif refused:
+                self.wake()  # there is enough for others who are idle
+            if self._unstarted and not refused:
+                self._start_more(1 if isinstance(entry, Job) else entry.units, idle=slot is not None)
+        except BaseException:
+            self._interrupted()
+            raise
+        if refused:
             if not self._ends_now:
                 raise ClosedError
             self._settle_all([entry], self._end_error())
-        if self._unstarted and not refused:
-            self._start_more(1 if isinstance(entry, Job) else entry.units, idle=slot is not None)
 
     def call(self, call: Job) -> None:
         """Submit a call for which this thread has nothing to do but wait; it has ended, or soon will have.
@@ -186,46 +200,77 @@ class Coordinator:
         If a worker is idle, this thread talks to it directly: with the loop between them there would be a change of
         thread more on the way back, which costs as much as the way to the worker and back.
         """
-        with self._lock:
-            talk = CAN_TALK and not self._ending and self._scheduler.has_idle and call.timeout is None
-            slot = self._scheduler.submit(call) if talk else None
-            if slot is not None:
-                worker = self._workers[slot.id]
-                worker.sending = True
-                talk = worker.reading.acquire(blocking=False)
-        if slot is None:
-            if not talk:
-                self.submit(call)
-        elif talk:
-            self._talk(worker, slot)
-        else:
-            self._send(slot)
+        try:
+            with self._lock:
+                talk = CAN_TALK and not self._ending and self._scheduler.has_idle and call.timeout is None
+                slot = self._scheduler.submit(call) if talk else None
+                if slot is not None:
+                    worker = self._workers[slot.id]
+                    worker.sender = threading.get_ident()
+                    talk = worker.reader is None
+                    if talk:
+                        worker.reader = worker.sender
+            if slot is not None and talk:
+                self._talk(worker, slot)
+            elif slot is not None:
+                self._send(slot)
+        except BaseException:
+            self._interrupted()
+            raise
+        if slot is None and not talk:
+            self.submit(call)
 
     def _talk(self, worker: Worker, slot: SlotState) -> None:
-        """Send the slot's batch and take the answer, in this thread, which holds `worker.reading`.
-
-        What interrupts it (Ctrl-C) may do so anywhere: then the worker is killed, and its death puts all in order.
-        """
+        """Send the slot's batch and take the answer, in this thread, which is `worker.reader`."""
         batch = slot.batch
-        try:
-            self._detach(worker)
-            self._send(slot, attach=False)
-            while slot.batch is batch and not worker.deaf and worker.hear():
-                self._take(worker)
-        except BaseException:
-            worker.kill()
-            raise
-        finally:
-            with self._lock:
-                worker.reading.release()
-                if died := worker.died:
+        self._detach(worker)
+        self._send(slot, attach=False)
+        while slot.batch is batch and not worker.deaf and worker.hear():
+            self._take(worker)
+        with self._lock:
+            worker.reader = None
+            if died := worker.died:
+                worker.died = False
+                self._deferred.append(worker)
+        if died:
+            self.wake()
+        elif slot.batch is not None:  # the loop's again; an idle one stays detached for the next call
+            self._attach(worker)
+            self.wake()
+
+    def _interrupted(self) -> None:
+        """Put in order what this thread was doing when an exception stopped it, wherever that was.
+
+        What it was submitting nobody has got a result of. If nobody can say whether a worker has got its batch, or
+        whether somebody will hear its answer, the worker is killed; its death puts that in order.
+        """
+        me = threading.get_ident()
+        with self._lock:
+            for worker, slot in zip(self._workers, self._scheduler.slots, strict=True):
+                busy = {worker.sender, worker.reader} - {None}
+                lost = slot.batch is not None and slot.batch.id != worker.handed_over
+                if me not in busy and (busy or not lost):
+                    continue
+                worker.sender = None if worker.sender == me else worker.sender
+                worker.reader = None if worker.reader == me else worker.reader
+                if worker.pipe is not None:
+                    self._waiter.remove(worker.pipe)
+                    worker.attached = False
+                if worker.died:
                     worker.died = False
                     self._deferred.append(worker)
-            if died:
-                self.wake()
-            elif slot.batch is not None:  # the loop's again; an idle one stays detached for the next call
-                self._attach(worker)
-                self.wake()
+                elif lost or slot.batch is None:
+                    worker.kill()
+                else:
+                    self._attach(worker)
+            self._scheduler.repair()
+        with self._starting, self._lock:
+            if self._scheduler.waiting:  # for one of these, which we may have been about to start
+                self._restart_at.update((worker.id, 0.0) for worker in self._unstarted if worker.process is None)
+                self._unstarted = []
+        self._timed = True
+        self._awake = False  # it may be set, and nothing sent
+        self.wake()
 
     def _attach(self, worker: Worker) -> None:
         with self._lock:
@@ -371,6 +416,10 @@ class Coordinator:
     # -- the loop
 
     def _run(self) -> None:
+        with self._lock:
+            if self._stillborn:
+                return
+            self._running = True
         try:
             while not (self._ending and self._over()):
                 self._turn()
@@ -465,7 +514,7 @@ class Coordinator:
                 worker.note = "closed the pool's pipe"
                 worker.kill()
             batch = slot.batch
-            if batch is None or batch.job.timeout is None or worker.timed_out or worker.sending:
+            if batch is None or batch.job.timeout is None or worker.timed_out or worker.sender is not None:
                 continue
             if now >= self._deadline(worker, batch, now):
                 worker.timed_out = True
@@ -480,7 +529,7 @@ class Coordinator:
                 slot = self._scheduler.assign_idle()
                 if slot is None:
                     return
-                self._workers[slot.id].sending = True
+                self._workers[slot.id].sender = threading.get_ident()
             self._send(slot)
 
     def _count_dropped(self) -> None:
@@ -506,11 +555,12 @@ class Coordinator:
 
     def _read(self, worker: Worker) -> None:
         """Read and take what the worker says, unless somebody is talking to it."""
-        if worker.pipe is not None and worker.reading.acquire(blocking=False):
-            try:
-                self._take(worker)
-            finally:
-                worker.reading.release()
+        with self._lock:
+            if worker.pipe is None or worker.reader is not None:
+                return
+            worker.reader = threading.get_ident()
+        self._take(worker)
+        worker.reader = None
 
     def _take(self, worker: Worker) -> None:
         assert worker.pipe is not None
@@ -555,7 +605,8 @@ class Coordinator:
             worker.ready = self._proven = True
             self._start_failures = 0
             slot = self._scheduler.slots[worker.id]
-            worker.sending = got = self._scheduler.ready(slot)
+            got = self._scheduler.ready(slot)
+            worker.sender = threading.get_ident() if got else None
         if got:
             self._send(slot)
 
@@ -578,7 +629,8 @@ class Coordinator:
         self._take_back(worker, done.released)
         with self._lock:
             worker.tasks_done += done.finished
-            worker.sending = got = self._scheduler.done(slot, done.finished, done.elapsed / 1e9)
+            got = self._scheduler.done(slot, done.finished, done.elapsed / 1e9)
+            worker.sender = threading.get_ident() if got else None
             self._starved = False
         # The worker first: what is delivered may wake threads that then want the interpreter.
         if got:
@@ -598,7 +650,8 @@ class Coordinator:
             worker.functions.discard(slot.batch.job.id)  # it may not have come as far as that
         with self._lock:
             verdict = self._scheduler.unreadable(slot)
-            worker.sending = got = self._scheduler.free(slot)
+            got = self._scheduler.free(slot)
+            worker.sender = threading.get_ident() if got else None
         if verdict.culprit is not None:
             job, index, _ = verdict.culprit
             error = TransportError(f"the worker could not unpickle what it was to call: {reason!r}")
@@ -632,14 +685,14 @@ class Coordinator:
         """The process has ended. First what it still said, then what it left."""
         if worker.process is None:
             return
-        while not worker.deaf and not worker.reading.locked() and worker.pipe is not None:
+        while not worker.deaf and worker.reader is None and worker.pipe is not None:
             if not worker.pipe.connection.poll(0):
                 break
             self._read(worker)
         self._waiter.remove(worker.sentinel)
         self._detach(worker)
         with self._lock:
-            if worker.sending or worker.reading.locked():
+            if worker.sender is not None or worker.reader is not None:
                 worker.died = True
                 return
         self._buried(worker, worker.bury())
@@ -704,15 +757,26 @@ class Coordinator:
                 with self._lock:
                     if not self._unstarted:
                         return
-                    worker = self._unstarted.pop()
-                self._start_worker(worker)
+                    worker = self._unstarted[-1]
+                if worker.process is None:
+                    self._start_worker(worker)
+                with self._lock:  # not before: it would be lost with an interrupt
+                    if self._unstarted:
+                        self._unstarted.pop()
             self.wake()  # it has a deadline, and on Windows the loop waits for those only that it knew of
 
     def _launch(self, worker: Worker) -> None:
         worker.start()
-        self._attach(worker)
-        self._waiter.add(worker.sentinel, (worker, False))
-        self._timed = True
+        try:
+            self._attach(worker)
+            self._waiter.add(worker.sentinel, (worker, False))
+            self._timed = True
+        except BaseException:
+            for obj in (worker.pipe, worker.sentinel):
+                self._waiter.remove(obj)
+            worker.kill()
+            worker.bury()
+            raise
 
     def _start_worker(self, worker: Worker) -> None:
         """Start it, now or later."""
@@ -754,27 +818,22 @@ class Coordinator:
         """Pickle and send the batch of a slot that this thread was given; the next one, if this cannot be pickled."""
         worker = self._workers[slot.id]
         put_back = False
-        try:
-            if attach and not worker.attached:
-                self._attach(worker)
-            while (batch := slot.batch) is not None and not self._try_send(worker, slot, batch):
-                put_back = True  # some of it, which another worker may take
-        except BaseException:
-            # Ctrl-C, in a thread of the user's. Whether the worker has got the batch nobody can say now; its death
-            # puts that in order.
-            worker.kill()
-            raise
-        finally:
-            with self._lock:
-                worker.sending = False
-                if worker.died:
-                    worker.died = False
-                    self._deferred.append(worker)
-            if batch is not None and batch.job.timeout is not None:
-                self._timed = True
-                self.wake()
-            elif self._deferred or put_back:
-                self.wake()
+        if attach and not worker.attached:
+            self._attach(worker)
+        while (batch := slot.batch) is not None and not self._try_send(worker, slot, batch):
+            put_back = True  # some of it, which another worker may take
+        with self._lock:
+            if attach and batch is not None:
+                worker.handed_over = batch.id
+            worker.sender = None
+            if worker.died:
+                worker.died = False
+                self._deferred.append(worker)
+        if batch is not None and batch.job.timeout is not None:
+            self._timed = True
+            self.wake()
+        elif self._deferred or put_back:
+            self.wake()
 
     def _try_send(self, worker: Worker, slot: SlotState, batch: Batch) -> bool:
         """Send the batch, if it can be sent; else deal with it, and let the slot have another."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Executor, Future, TimeoutError
 from concurrent.futures.process import _RemoteTraceback
@@ -19,7 +19,7 @@ from .._backends import Backend
 from ..errors import WorkerCrashed
 from ._coordinator import ClosedError, Coordinator, WorkerStats
 from ._pool import check_options, default_processes, end_engine, feed, when_exiting
-from ._results import EndOfResultsError, IMapJob, NoResultError, OnCrash
+from ._results import Condition, EndOfResultsError, IMapJob, NoResultError, OnCrash
 from ._scheduler import Job
 from ._slot import Mode
 from ._worker import WorkerSettings
@@ -35,6 +35,10 @@ class _CallFuture(Future[Any]):
     """A future that tells whether somebody waits for it with user code."""
 
     calls_back = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._condition = Condition()
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
         self.calls_back = True
@@ -148,16 +152,20 @@ class ProcessPoolExecutor(Executor):
         self._timeout = task_timeout
         self._retries = retries
         self._on_crash: OnCrash = on_crash
-        settings = WorkerSettings(mp_context, backend, initializer, tuple(initargs), "Process")
-        self._engine = Coordinator(
+        self._make_engine = functools.partial(
+            Coordinator,
             self._max_workers,
-            settings,
+            WorkerSettings(mp_context, backend, initializer, tuple(initargs), "Process"),
             max_tasks=max_tasks_per_child,
             start_timeout=start_timeout,
             max_shared_bytes=max_shared_bytes,
             # As the standard library's: what forks must do so before the engine's thread is there.
             on_demand=mp_context.get_start_method(allow_none=False) != "fork",
         )
+        self._have_engine()
+
+    def _have_engine(self) -> None:
+        self._engine = self._make_engine()
         # Pending work is finished then, as with the standard library's executor.
         when_exiting(_finish_engine, self._engine)
 
@@ -175,7 +183,11 @@ class ProcessPoolExecutor(Executor):
             raise self._engine.broken
         if self._engine.closing:
             raise RuntimeError(_AFTER_SHUTDOWN)
-        self._engine.start()
+        try:
+            self._engine.start()
+        except KeyboardInterrupt:  # nothing was submitted to this one yet
+            self._have_engine()
+            raise
 
     def map(
         self,
@@ -199,9 +211,9 @@ class ProcessPoolExecutor(Executor):
         self._start()
         job = _ExecutorMap(fn, Mode.STARMAP, self._engine, self._on_crash, self._timeout, self._retries, buffersize)
         arguments = zip(*iterables, strict=False)
-        self._engine.add_job(job)
+        results = _results(job, timeout)
         feed(self._engine, job, arguments if buffersize is not None else list(arguments), chunksize)
-        return _results(job, timeout)
+        return results
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more; free the workers when all is done. `wait`: return after that."""
@@ -293,7 +305,5 @@ def _results(job: _ExecutorMap, timeout: float | None) -> Iterator[Any]:
             job.abandon()
 
     results = iterate()
-    if job.buffersize is not None:
-        # A generator that was never asked for anything does not come to its `finally`.
-        weakref.finalize(results, job.stop_reading, RuntimeError(_AFTER_SHUTDOWN)).atexit = False
+    job.read_by(results)  # one that was never asked for anything does not come to its `finally`
     return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import multiprocessing
 import multiprocessing.util
@@ -17,8 +18,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._backends import Backend
+from ..errors import PoolError
 from ._coordinator import Coordinator, WorkerStats
-from ._results import AsyncResult, IMapIterator, IMapJob, IMapUnorderedJob, MapResult, OnCrash
+from ._results import AsyncResult, IMapIterator, IMapJob, IMapUnorderedJob, MapJob, MapResult, OnCrash
 from ._scheduler import Chunk
 from ._slot import Mode
 from ._waiter import MAX_WORKERS
@@ -236,8 +238,8 @@ class Pool:
             self._timeout if timeout is None else timeout, self._retries, self,
         )  # fmt: skip
         if items:
-            self._engine.add_job(result)
-            self._engine.submit(Chunk(result, 0, items, self._unit(len(items), chunksize)))
+            with submission(self._engine, result):
+                self._engine.submit(Chunk(result, 0, items, self._unit(len(items), chunksize)))
         return result
 
     def _unit(self, length: int, chunksize: int | None) -> int:
@@ -267,9 +269,9 @@ class Pool:
             func, mode, self._engine, self._on_crash, self._timeout if timeout is None else timeout, self._retries,
             buffersize,
         )  # fmt: skip
-        self._engine.add_job(job)
+        results = IMapIterator(job, self)
         feed(self._engine, job, iterable, chunksize)
-        return IMapIterator(job, self)
+        return results
 
     # -- the pool itself
 
@@ -361,18 +363,32 @@ def _nothing() -> None:
     pass
 
 
+@contextlib.contextmanager
+def submission(engine: Coordinator, job: MapJob) -> Iterator[None]:
+    """While the elements of a job are submitted. If that is interrupted it has ended: nobody has got its results."""
+    try:
+        engine.add_job(job)
+        yield
+    except BaseException:
+        job.abort(PoolError("interrupted as it was submitted"))
+        raise
+
+
 def feed(engine: Coordinator, job: IMapJob, iterable: Iterable[Any], chunksize: int) -> None:
     """Queue the elements of an iterable; read by a thread as we go, unless they are all there already."""
-    if isinstance(iterable, (list, tuple)) and job.buffersize is None:
-        if iterable:
-            engine.submit(Chunk(job, 0, list(iterable), chunksize))
-        job.input_ended(len(iterable))
-        return
+    listed = isinstance(iterable, (list, tuple)) and job.buffersize is None
     items = iter(iterable)
-    # A chunk larger than what may be read ahead would never be complete.
-    unit = chunksize if job.buffersize is None else min(chunksize, job.buffersize)
-    thread = threading.Thread(target=_feed, args=(engine, job, items, unit), name="portshm-feeder", daemon=True)
-    thread.start()
+    with submission(engine, job):
+        if listed:
+            elements = list(items)
+            if elements:
+                engine.submit(Chunk(job, 0, elements, chunksize))
+            job.input_ended(len(elements))
+            return
+        # A chunk larger than what may be read ahead would never be complete.
+        unit = chunksize if job.buffersize is None else min(chunksize, job.buffersize)
+        thread = threading.Thread(target=_feed, args=(engine, job, items, unit), name="portshm-feeder", daemon=True)
+        thread.start()
 
 
 def _feed(engine: Coordinator, job: IMapJob, items: Iterator[Any], unit: int) -> None:

@@ -11,9 +11,11 @@ import collections
 import itertools
 import logging
 import multiprocessing
+import operator
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.pool import MaybeEncodingError  # type: ignore[attr-defined]
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -24,6 +26,7 @@ from ._slot import Mode
 
 __all__ = [
     "AsyncResult",
+    "Condition",
     "EndOfResultsError",
     "Engine",
     "IMapIterator",
@@ -178,6 +181,17 @@ class AsyncResult(Job, Generic[T]):
                     pass  # that waiter has given up
 
 
+class Condition(threading.Condition):
+    """One whose `with` takes and gives back the lock in C.
+
+    The standard library's does so in Python: an interrupt (Ctrl-C) that comes as `__enter__` returns, or as `__exit__`
+    begins, leaves the lock taken for ever, and whoever has a result to tell waits for it.
+    """
+
+    __enter__ = property(operator.attrgetter("_lock.__enter__"))
+    __exit__ = property(operator.attrgetter("_lock.__exit__"))
+
+
 class MapJob(Job):
     """The part of all map-like jobs that the coordinator deals with."""
 
@@ -264,6 +278,12 @@ class MapResult(MapJob):
     def wait(self, timeout: float | None = None) -> None:
         self._result.wait(timeout)
 
+    def begin(self) -> bool:
+        return self._left > 0  # an interrupted `map_async` has aborted it
+
+    def drop(self, count: int) -> None:
+        pass
+
     def get(self, timeout: float | None = None) -> list[Any]:
         """The results in the order of the input, or the exception of the first element that raised one.
 
@@ -322,6 +342,7 @@ class IMapIterator:
 
     def __init__(self, job: IMapJob, keeps: object = None) -> None:
         self._job = job
+        job.read_by(self)
         self._keeps = keeps  # the pool, which must not be collected, and so ended, while results are taken
 
     def __iter__(self) -> Iterator[Any]:
@@ -339,15 +360,21 @@ class IMapIterator:
         except NoResultError:
             raise multiprocessing.TimeoutError from None
 
-    def __del__(self) -> None:
-        self._job.abandon()
-
 
 class IMapJob(MapJob):
     """The results of a map that are taken one by one, in the order of the input unless a subclass says otherwise."""
 
     __slots__ = (
-        "__weakref__", "_aborted", "_ahead", "_changed", "_done", "_length", "_next", "_ready", "_room",
+        "__weakref__",
+        "_aborted",
+        "_ahead",
+        "_changed",
+        "_done",
+        "_length",
+        "_next",
+        "_reader",
+        "_ready",
+        "_room",
         "abandoned",
         "buffersize",
         "stopped",
@@ -364,7 +391,7 @@ class IMapJob(MapJob):
         buffersize: int | None = None,
     ) -> None:
         super().__init__(function, mode, engine, on_crash, timeout, retries)
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._ready: collections.deque[tuple[bool, Any]] = collections.deque()
         self._ahead: dict[int, tuple[bool, Any]] = {}  # what has ended before its turn
         self._next = 0  # the index whose turn it is
@@ -372,11 +399,12 @@ class IMapJob(MapJob):
         self._length: int | None = None  # known when the input has ended
         self._aborted: BaseException | None = None
         self.abandoned = False
+        self._reader: weakref.ref[Any] | None = None
         self.stopped: BaseException | None = None  # what is raised in the place of input that was not read
         self.buffersize = buffersize
         # A token for each element that may be read ahead. A SimpleQueue, because tokens are also put back by a
         # destructor, which may run inside any other lock's critical section.
-        self._room: queue.SimpleQueue[None] | None = None
+        self._room: queue.SimpleQueue[object] | None = None
         if buffersize is not None:
             self._room = queue.SimpleQueue()
             for _ in range(buffersize):
@@ -406,8 +434,16 @@ class IMapJob(MapJob):
             return value
         raise value
 
+    def read_by(self, reader: object) -> None:
+        """Read no more of the input when `reader` is gone.
+
+        A weak reference whose callback is in C, for an interrupt that comes in a destructor is lost, and so is what the
+        destructor had to do.
+        """
+        self._reader = weakref.ref(reader, None if self._room is None else self._room.put)
+
     def abandon(self) -> None:
-        """Nobody will ask for results any more. Called by a destructor, so it takes no lock."""
+        """Nobody will ask for results any more."""
         self.abandoned = True
         if self._room is not None:
             self._room.put(None)
@@ -418,7 +454,8 @@ class IMapJob(MapJob):
         """Block until one more element may be read from the input; False when nobody wants any."""
         if self._room is not None:
             self._room.get()
-        return self._aborted is None and self._length is None and self.stopped is None and not self.abandoned
+        unread = self.abandoned or (self._reader is not None and self._reader() is None)
+        return self._aborted is None and self._length is None and self.stopped is None and not unread
 
     def stop_reading(self, error: BaseException) -> None:
         if self._room is not None:

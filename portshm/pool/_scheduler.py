@@ -258,11 +258,28 @@ class Scheduler:
     # -- events
 
     def submit(self, entry: Job | Chunk) -> SlotState | None:
-        """Queue an entry; the idle slot that has got a batch for it, if there is one."""
+        """Queue an entry; the idle slot that has got a batch for it, if there is one.
+
+        Not if others were queued before it: a batch of this thread's has nothing in it but what this thread submits.
+        """
+        first = bool(self._idle) and not self.waiting
         self._queue.append(entry)
         if type(entry) is Chunk or entry.timeout is not None:  # type: ignore[union-attr]
             self._note(entry, 1)
-        return self.assign_idle() if self._idle else None
+        return self.assign_idle() if first else None
+
+    def repair(self) -> None:
+        """A thread was interrupted in the middle of `submit`: derive again what others may rely on."""
+        for slot in self.slots:
+            if slot.state is State.IDLE and slot.batch is None and slot not in self._idle:
+                self._idle.append(slot)
+        entries = [entry for entry in self._queue if isinstance(entry, Job) or len(entry)]
+        self._queue.clear()
+        self._queue.extend(entries)
+        self._special = self._extra = 0
+        for entry in entries:
+            if isinstance(entry, Chunk) or entry.timeout is not None:
+                self._note(entry, 1)
 
     def assign_idle(self) -> SlotState | None:
         """Give an idle slot a batch, if there are both."""

@@ -81,9 +81,9 @@ def serve(args: ServeArgs) -> None:
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     _ignore_interrupts()
     threading.Thread(target=_leave_with_parent, args=(args.life,), name="portshm-watch", daemon=True).start()
-    mem = SharedMem.attach(args.memory, header=SLOT_HEADER)
-    trace = _trace_faults(mem, None)
     try:
+        mem = SharedMem.attach(args.memory, header=SLOT_HEADER)
+        trace = _trace_faults(mem, None)
         if args.initializer is not None:
             args.initializer(*args.initargs)
     except BaseException:

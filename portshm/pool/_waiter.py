@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import selectors
@@ -88,8 +89,9 @@ else:
             self._selector.register(obj, selectors.EVENT_READ, key)
 
         def remove(self, obj: Any) -> None:
-            """Wait for it no longer. Before it is closed."""
-            self._selector.unregister(obj)
+            """Wait for it no longer, if we do. Before it is closed."""
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(obj)
 
         def wait(self, timeout: float | None) -> list[Any]:
             """The keys of what is ready, after at most `timeout` seconds."""

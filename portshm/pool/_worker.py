@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Callable
 from multiprocessing.context import BaseContext
@@ -72,9 +71,11 @@ class Worker:
         self._oom_kills: int | None = None
         self.starts = 0
         self.tasks_done = 0
-        self.sending = False  # somebody is putting a batch into the memory
+        # Threads by their identifiers: an interrupted thread must find what it had in hand.
+        self.sender: int | None = None  # puts a batch into the memory
+        self.reader: int | None = None  # reads from the pipe
         self.died = False  # while somebody was sending, or talking to it
-        self.reading = threading.Lock()  # held by whoever reads from the pipe
+        self.handed_over = 0  # the batch that it certainly has, and whose answer the loop will hear
         self._begin_life()
 
     def _begin_life(self) -> None:
