@@ -126,6 +126,7 @@ class Coordinator:
         self.at_end: Callable[[], object] | None = None
         self._thread = threading.Thread(target=self._run, name="portshm-coordinator", daemon=True)
         self._started = False
+        self.start_failed = False
 
     # -- for the faces, from any thread
 
@@ -146,7 +147,7 @@ class Coordinator:
                 for slot in self._scheduler.slots:
                     self._workers.append(Worker(slot.id, self._settings, self._life_reader))
             except BaseException:
-                self._terminating = True
+                self._terminating = self.start_failed = True
                 self._release()
                 raise
         try:
@@ -157,7 +158,7 @@ class Coordinator:
                     self._launch(worker)
             self._thread.start()
         except BaseException:
-            self._terminating = self._ending = True
+            self._terminating = self._ending = self.start_failed = True
             with self._lock:  # an interrupt may have come when the thread was there already
                 self._stillborn = not self._running
             if self._stillborn:

@@ -7,6 +7,7 @@ from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
 from typing import Any
 
 from ..errors import TransportError
+from ._exit_status import is_interrupt
 from ._regions import RegionStore, StoredRegion
 from ._results import MapJob
 from ._scheduler import Batch, Job
@@ -65,6 +66,8 @@ class Delivery:
                 return False, rebuild(pickle.loads(data))
             return False, _Unpicklable(*pickle.loads(data))
         except BaseException as error:
+            if is_interrupt(error):
+                raise
             failure = TransportError(f"the result could not be unpickled: {error!r}")
             failure.__cause__ = error
             return False, failure
@@ -127,6 +130,8 @@ def rebuild(remote: RemoteError) -> BaseException:
         try:
             error = pickle.loads(remote.pickled)
         except BaseException as reason:
+            if is_interrupt(reason):
+                raise
             error = TransportError(f"the task raised {remote.text}, which cannot be rebuilt here: {reason!r}")
     if not isinstance(error, BaseException):
         error = TransportError(f"the task raised {remote.text}, which cannot be pickled")

@@ -185,8 +185,9 @@ class ProcessPoolExecutor(Executor):
             raise RuntimeError(_AFTER_SHUTDOWN)
         try:
             self._engine.start()
-        except KeyboardInterrupt:  # nothing was submitted to this one yet
-            self._have_engine()
+        except KeyboardInterrupt:
+            if self._engine.start_failed:  # and so nothing was submitted to it
+                self._have_engine()
             raise
 
     def map(

@@ -6,10 +6,11 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Final
 
-__all__ = ["describe_exit", "interrupts_blocked", "oom_kills", "unblock_interrupts"]
+__all__ = ["describe_exit", "interrupts_blocked", "is_interrupt", "oom_kills", "unblock_interrupts"]
 
 _SIGNALS: Final = {
     "SIGSEGV": "segmentation fault",
@@ -99,6 +100,14 @@ def interrupts_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether it is Ctrl-C, which comes to the main thread wherever it is, rather than something that user code raised.
+
+    There the two cannot be told apart, and to take no heed of a Ctrl-C would be worse.
+    """
+    return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
 
 
 def unblock_interrupts() -> None:

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from .._buffers import raw_bytes
 from ..errors import PoolError
+from ._exit_status import is_interrupt
 from ._messages import Run
 from ._regions import RegionStore, StoredRegion, StoreFullError
 from ._results import MapJob
@@ -89,6 +90,8 @@ class Loader:
         try:
             return pack_batch(content, self._store)
         except BaseException as error:
+            if is_interrupt(error):
+                raise
             if len(content) == 1:
                 raise UnsendableError({0: error}) from error
         # Which ones are to blame?
@@ -97,6 +100,8 @@ class Loader:
             try:
                 pack([item], self._store)
             except BaseException as error:
+                if is_interrupt(error):
+                    raise
                 failed[position] = error
         if not failed:  # each alone can be pickled: then each alone it is, whatever that was
             raise UnsendableError({0: PoolError("could be pickled alone, but not together with others")})
@@ -125,6 +130,8 @@ class Loader:
             try:
                 packed = self._pack_function(job)
             except BaseException as error:
+                if is_interrupt(error):
+                    raise
                 raise UnsendableError(dict.fromkeys(range(len(batch)), error)) from error
         worker.functions.add(job.id)
         if packed.stored is None:
