@@ -6,11 +6,14 @@ The ones that are not of the standard library take part when they are installed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import multiprocessing
+import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +26,7 @@ from ._bench import OURS, Setting
 from ._bench_tasks import call, nap
 from .pool import Pool
 
-__all__ = ["CONTENDERS", "AnyPool", "Contender", "Function", "installed", "quiet_start"]
+__all__ = ["CONTENDERS", "AnyPool", "Contender", "Function", "installed", "leave_if_stuck", "quiet_start"]
 
 Function = Callable[[Any], Any]
 
@@ -134,12 +137,35 @@ def _multiprocessing(setting: Setting) -> Iterator[AnyPool]:
         yield _PoolLike(pool)
     finally:
         # Interrupted in the middle of large tasks, it may wait for its own thread, which writes to a pipe that nobody
-        # reads any more. Then it is left: its threads are daemons, and its workers end with this process at the latest.
-        ending = threading.Thread(target=pool.terminate, daemon=True)
-        ending.start()
-        ending.join(_END_SECONDS)
-        if not ending.is_alive():
+        # reads any more.
+        if _ended(pool.terminate):
             pool.join()
+
+
+_stuck: list[Callable[[], object]] = []
+
+
+def _ended(end: Callable[[], object]) -> bool:
+    """Call `end`, and wait for it for some seconds only: a contender that hangs shall not be the bench that hangs."""
+    ending = threading.Thread(target=end, daemon=True)
+    ending.start()
+    ending.join(_END_SECONDS)
+    if ending.is_alive():
+        _stuck.append(end)
+    return not ending.is_alive()
+
+
+def leave_if_stuck(status: int, message: str = "") -> None:
+    """End this process at once if a contender could not be ended: at exit the interpreter waits for its threads."""
+    if not _stuck:
+        return
+    for child in multiprocessing.active_children():
+        child.kill()
+    if message:
+        print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 # -- executors
@@ -165,7 +191,8 @@ def _executor(executor: Any) -> Iterator[AnyPool]:
     try:
         yield _ExecutorLike(executor)
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        # An interrupt may have left one of its Python-level locks taken, which its thread then waits for.
+        _ended(functools.partial(executor.shutdown, wait=True, cancel_futures=True))
 
 
 def _futures(setting: Setting) -> AbstractContextManager[AnyPool]:

@@ -33,6 +33,8 @@ __all__ = ["main"]
 
 _LAYOUTS: Final[dict[str, HeaderCodec | None]] = {"portshm": None, "go": GO_FUZZ_HEADER}  # None: as found in memory
 
+_INTERRUPTED: Final = "portshm: interrupted"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that has gone can still be caught
         return status
     except KeyboardInterrupt:
-        print("portshm: interrupted", file=sys.stderr)
+        print(_INTERRUPTED, file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader has what it wanted (`| head`). The interpreter flushes once more at exit; give it somewhere to.
@@ -434,7 +436,12 @@ def _run_bench(args: argparse.Namespace) -> int:
             print(_bench.as_text(report))
         if args.plot is not None:
             _bench_plot.draw(report, args.plot)
-        return 1 if report.failed else 0
+        status = 1 if report.failed else 0
+        _bench_contenders.leave_if_stuck(status)
+        return status
+    except KeyboardInterrupt:
+        _bench_contenders.leave_if_stuck(130, _INTERRUPTED)
+        raise
     except _bench.BenchError as error:
         print(f"portshm: {_one_line(error)}", file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ from portshm._bench import OURS, Report, Result, Row, Setting
 from portshm._bench_contenders import CONTENDERS, AnyPool, Contender
 from portshm._cli import main
 
-from .children import environment
+from .children import environment, run_python
 
 ROWS = (*_bench_pool.ROWS, *_bench_memory.ROWS)
 STANDARD = "mp.Pool,futures"
@@ -277,7 +277,34 @@ sys.exit(main(["bench", "--rows", "20 000*", "--rounds", "1000", "--contenders",
         assert process.stdout.readline() == "forked\n"
         time.sleep(delay)
         os.killpg(process.pid, signal.SIGINT)
-        # What is left would keep the pipes open.
-        out, err = process.communicate(timeout=60)
+        try:
+            # What is left would keep the pipes open.
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, err) == (130, "portshm: interrupted\n")
     assert set(out.split()) <= {"forked"}
+
+
+@pytest.mark.parametrize(("interrupted", "status", "said"), [(False, 0, ""), (True, 130, "portshm: interrupted\n")])
+def test_a_contender_that_never_ends_does_not_keep_the_bench(interrupted: bool, status: int, said: str) -> None:
+    source = """
+import sys, threading, _thread
+from concurrent.futures import ProcessPoolExecutor
+from portshm import _bench_contenders, _bench_tasks
+from portshm._cli import main
+_bench_contenders._END_SECONDS = 0.1
+def hang(executor, **options):
+    threading.Thread(target=threading.Event().wait).start()
+    threading.Event().wait()
+ProcessPoolExecutor.shutdown = hang
+if sys.argv[1:] == ["True"]:
+    def submit(executor, *args):
+        _thread.interrupt_main()
+    _bench_contenders._ExecutorLike.submit = submit
+rows = ["--rows", "2 000*", "--rounds", "1", "--scale", "0.01", "--contenders", "futures", "-j", "1"]
+sys.exit(main(["bench", *rows]))
+"""
+    done = run_python(source, interrupted)
+    assert (done.returncode, done.stderr) == (status, said)
+    assert ("futures" in done.stdout) is not interrupted
