@@ -291,9 +291,10 @@ class Coordinator:
             self._jobs.add(job)
 
     def forget(self, job: MapJob) -> None:
+        with job.packing:
+            packed, job.packed_function = job.packed_function, None
         with self._lock:
             self._jobs.discard(job)
-            packed, job.packed_function = job.packed_function, None
             holders = [worker for worker in self._workers if job.id in worker.functions]
             for worker in holders:
                 worker.functions.discard(job.id)

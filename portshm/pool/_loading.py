@@ -124,15 +124,16 @@ class Loader:
         assert isinstance(job, MapJob)
         if job.id in worker.functions:
             return pickle.dumps((job.id, None, 0, ""), 5)
-        with self._lock:
-            packed = job.packed_function
-        if packed is None:
-            try:
-                packed = self._pack_function(job)
-            except BaseException as error:
-                if is_interrupt(error):
-                    raise
-                raise UnsendableError(dict.fromkeys(range(len(batch)), error)) from error
+        # Who comes second waits: it would take as long to make another copy, and as much memory.
+        with job.packing:
+            if job.packed_function is None:
+                try:
+                    job.packed_function = self._pack_function(job)
+                except BaseException as error:
+                    if is_interrupt(error):
+                        raise
+                    raise UnsendableError(dict.fromkeys(range(len(batch)), error)) from error
+            packed: PackedFunction = job.packed_function
         worker.functions.add(job.id)
         if packed.stored is None:
             return pickle.dumps((job.id, packed.pickled, 0, ""), 5)
@@ -153,14 +154,5 @@ class Loader:
         if not parcel.plain or len(parcel.stream) > PAYLOAD_MAX:
             stored = self._store.acquire(parcel.size, force=True)
             parcel.write_into(stored.view)
-            packed = PackedFunction(None, stored, tuple(parcel.places.values()))
-        else:
-            packed = PackedFunction(bytes(parcel.stream), None)
-        with self._lock:
-            if job.packed_function is None:
-                job.packed_function = packed
-                return packed
-            first: PackedFunction = job.packed_function
-        if packed.stored is not None:  # another thread was quicker
-            self._store.release(packed.stored.id)
-        return first
+            return PackedFunction(None, stored, tuple(parcel.places.values()))
+        return PackedFunction(bytes(parcel.stream), None)

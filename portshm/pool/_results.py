@@ -195,7 +195,7 @@ class Condition(threading.Condition):
 class MapJob(Job):
     """The part of all map-like jobs that the coordinator deals with."""
 
-    __slots__ = ("_on_crash", "engine", "function", "id", "mode", "packed_function")
+    __slots__ = ("_on_crash", "engine", "function", "id", "mode", "packed_function", "packing")
 
     def __init__(
         self,
@@ -214,6 +214,7 @@ class MapJob(Job):
         self.timeout = timeout
         self.retries = retries
         self.packed_function: Any = None  # the loader's
+        self.packing = threading.Lock()  # held by the thread that makes it
         self._on_crash = on_crash
 
     def unpicklable(self, value: str, reason: BaseException) -> BaseException:
