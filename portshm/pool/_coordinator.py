@@ -181,12 +181,17 @@ class Coordinator:
                 slot = None if refused else self._scheduler.submit(entry)
                 if slot is not None:
                     self._workers[slot.id].sender = threading.get_ident()
-            if slot is not None:
+            idle = slot is not None
+            while slot is not None:
                 self._send(slot)
-            if self._scheduler.can_assign:
-                self.wake()  # there is enough for others who are idle
+                with self._lock:
+                    slot = None if self._starved else self._scheduler.submit_more(entry)
+                    if slot is not None:
+                        self._workers[slot.id].sender = threading.get_ident()
+            if self._scheduler.can_assign and not self._starved:
+                self.wake()
             if self._unstarted and not refused:
-                self._start_more(1 if isinstance(entry, Job) else entry.units, idle=slot is not None)
+                self._start_more(1 if isinstance(entry, Job) else entry.units, idle=idle)
         except BaseException:
             self._interrupted()
             raise

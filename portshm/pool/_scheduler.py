@@ -268,6 +268,12 @@ class Scheduler:
             self._note(entry, 1)
         return self.assign_idle() if first else None
 
+    def submit_more(self, entry: Job | Chunk) -> SlotState | None:
+        """Another idle slot that has got a batch of the same entry, if it is still the first in the queue."""
+        queue = self._queue
+        first = bool(self._idle) and bool(queue) and queue[0] is entry and not (self._alone or self._retry)
+        return self.assign_idle() if first else None
+
     def repair(self) -> None:
         """A thread was interrupted in the middle of `submit`: derive again what others may rely on."""
         for slot in self.slots:
