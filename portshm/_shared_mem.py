@@ -1,6 +1,6 @@
 """SharedMem: a header and a value of variable length over any region. Lock-free: it synchronises nothing.
 
-Whoever owns the memory at the moment, by a message that said so, calls these methods; `pool/_comm.py` tells how
+Whoever owns the memory at the moment, by a message that said so, calls these methods; `pool/_slot.py` tells how
 that works between a coordinator and a worker. `locked.py` has the same calls under a lock for those who have no
 messages. Only `stable_copy` is meant for observers that own nothing.
 """

@@ -3,10 +3,12 @@
 One thread per pool runs the loop. All state is changed under one lock, and nothing is done under it that could
 wait: no send, no pickling, no user code. Whoever is handed a slot with a batch by the scheduler sends it, be it the
 loop or the thread that submitted: meanwhile `Worker.sender` is that thread, and the slot's memory is its alone.
-A death that is noticed then is dealt with when the sender is done.
+A death that is noticed then is dealt with when the sender is done. The worker may have answered, and another thread
+have the slot, before the sender is back from the system call: so it takes back only marks that are still its own.
 
 A thread of the user's may be stopped between any two steps by an exception that is not of our making: Ctrl-C, in the
-main thread. What it leaves half done is put in order by `_interrupted`.
+main thread. What it leaves half done is put in order by `_interrupted`. Others lose nothing by it, because what such a
+thread sends is never anything but what it submits itself.
 
 Sinks of results (`_results.py`) are settled by the loop without the lock.
 """
@@ -22,7 +24,7 @@ import pickle
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final, NamedTuple
 
 from .._reaper import clean
@@ -62,7 +64,7 @@ class WorkerStats(NamedTuple):
     """One worker, seen without asking it."""
 
     pid: int | None
-    state: str  # "starting", "idle", "busy" or "retiring"
+    state: str  # "starting", "idle", "busy", "retiring", or "ended" until its death has been dealt with
     tasks_done: int  # elements finished by this slot's processes, the present batch's included
     running: float | None  # seconds since the present element started; None if none is executing
     restarts: int
@@ -104,6 +106,7 @@ class Coordinator:
         self._waiter.add(self._wake_reader, _WAKE)
         self._awake = False
         self._jobs: set[MapJob] = set()
+        self._forgotten: list[int] = []  # ids of jobs that have ended, whose function workers may still have
         self._callbacks: queue.SimpleQueue[Callable[[], None] | None] | None = None
         self._callback_thread: threading.Thread | None = None
         self._start_failures = 0
@@ -235,13 +238,10 @@ class Coordinator:
             self._take(worker)
         with self._lock:
             worker.reader = None
-            if died := worker.died:
-                worker.died = False
-                self._deferred.append(worker)
-        if died:
-            self.wake()
-        elif slot.batch is not None:  # the loop's again; an idle one stays detached for the next call
+            self._defer_death(worker)
+        if slot.batch is not None:  # the loop's again; an idle one stays detached for the next call
             self._attach(worker)
+        if slot.batch is not None or self._deferred or self._scheduler.can_assign:
             self.wake()
 
     def _interrupted(self) -> None:
@@ -262,10 +262,9 @@ class Coordinator:
                 if worker.pipe is not None:
                     self._waiter.remove(worker.pipe)
                     worker.attached = False
-                if worker.died:
-                    worker.died = False
-                    self._deferred.append(worker)
-                elif lost or slot.batch is None:
+                if self._defer_death(worker):
+                    continue
+                if lost or slot.batch is None:
                     worker.kill()
                 else:
                     self._attach(worker)
@@ -277,6 +276,13 @@ class Coordinator:
         self._timed = True
         self._awake = False  # it may be set, and nothing sent
         self.wake()
+
+    def _defer_death(self, worker: Worker) -> bool:
+        """Leave a death that was noticed while the memory or the pipe was this thread's to the loop; under the lock."""
+        died, worker.died = worker.died, False
+        if died:
+            self._deferred.append(worker)
+        return died
 
     def _attach(self, worker: Worker) -> None:
         with self._lock:
@@ -296,20 +302,16 @@ class Coordinator:
             self._jobs.add(job)
 
     def forget(self, job: MapJob) -> None:
+        """The job has ended, in whatever thread: its function is needed no more."""
         with job.packing:
             packed, job.packed_function = job.packed_function, None
         with self._lock:
             self._jobs.discard(job)
-            holders = [worker for worker in self._workers if job.id in worker.functions]
-            for worker in holders:
-                worker.functions.discard(job.id)
+            self._forgotten.append(job.id)
         if packed is not None and packed.stored is not None:
             self._store.release(packed.stored.id)
-        for worker in holders:
-            with contextlib.suppress(OSError):
-                worker.send(Forget(job.id))
-        if self._ending:
-            self.wake()  # the last job may have been what the end was waiting for, and its input may end at any time
+        if not self._in_loop():
+            self.wake()  # besides, the end may have been waiting for just this job
 
     def later(self, action: Callable[[], None]) -> None:
         with self._lock:
@@ -465,6 +467,8 @@ class Coordinator:
             self._send_leftovers()
         if self._scheduler.dropped:
             self._count_dropped()
+        if self._forgotten:
+            self._tell_forgotten()
         if self._scheduler.closing:
             self._stop_idle()
 
@@ -547,13 +551,21 @@ class Coordinator:
             assert isinstance(chunk.job, MapJob)
             chunk.job.drop(len(chunk))
 
+    def _tell_forgotten(self) -> None:
+        """Have workers let go of functions. By the loop only: any other thread might find the pipe closed under it."""
+        with self._lock:
+            forgotten, self._forgotten = self._forgotten, []
+        for worker in self._workers:
+            for id in worker.functions.intersection(forgotten):
+                worker.functions.discard(id)
+                with contextlib.suppress(OSError):
+                    worker.send(Forget(id))
+
     def _stop_idle(self) -> None:
         with self._lock:
             if not self._all_done():
                 return
             leaving = [w for w in self._workers if w.ready and not w.stopped]
-            for worker in leaving:
-                worker.stopped = True
             self._restart_at.clear()
         for worker in leaving:
             worker.stop()
@@ -636,7 +648,7 @@ class Coordinator:
         self._take_back(worker, done.released)
         with self._lock:
             worker.tasks_done += done.finished
-            got = self._scheduler.done(slot, done.finished, done.elapsed / 1e9)
+            got = self._scheduler.done(slot, done.finished, done.elapsed / 1e9, more=self._in_loop())
             worker.sender = threading.get_ident() if got else None
             self._starved = False
         # The worker first: what is delivered may wake threads that then want the interpreter.
@@ -657,7 +669,7 @@ class Coordinator:
             worker.functions.discard(slot.batch.job.id)  # it may not have come as far as that
         with self._lock:
             verdict = self._scheduler.unreadable(slot)
-            got = self._scheduler.free(slot)
+            got = self._scheduler.free(slot, more=self._in_loop())
             worker.sender = threading.get_ident() if got else None
         if verdict.culprit is not None:
             job, index, _ = verdict.culprit
@@ -692,6 +704,10 @@ class Coordinator:
         """The process has ended. First what it still said, then what it left."""
         if worker.process is None:
             return
+        with self._lock:
+            # Now, and not when it is buried: another thread could be given the slot until then, and what it sends would
+            # come to the next process.
+            self._scheduler.ended(self._scheduler.slots[worker.id])
         while not worker.deaf and worker.reader is None and worker.pipe is not None:
             if not worker.pipe.connection.poll(0):
                 break
@@ -726,8 +742,6 @@ class Coordinator:
             except RecordError as error:
                 worker.note = f"left a record that makes no sense: {error}"
                 lost = [batch.owner(position) for position in range(finished)]
-        was_starting = slot.state is State.STARTING
-        retired = slot.state is State.RETIRING or worker.stopped
         with self._lock:
             verdict = self._scheduler.died(slot, finished, phase)
             worker.tasks_done += finished
@@ -739,11 +753,11 @@ class Coordinator:
         for job, index, arguments in [*lost, *filter(None, [verdict.culprit])]:
             fail(job, index, self._crash(worker, obituary, job, index, item if item is not None else arguments))
         logger.info("worker %s ended: %s", obituary.pid, obituary.cause)
-        if was_starting:
+        if not worker.ready:
             if not self.closing or not self._all_done():
                 self._start_failed(worker, obituary)
         elif not self._scheduler.closing or not self._all_done():
-            quick = batch is None and not retired and time.monotonic() - worker.started_at < _QUICK_DEATH
+            quick = batch is None and not worker.stopped and time.monotonic() - worker.started_at < _QUICK_DEATH
             if quick:
                 self._restart_at[worker.id] = time.monotonic() + _QUICK_DEATH
                 self._timed = True
@@ -821,50 +835,52 @@ class Coordinator:
 
     # -- sending
 
+    def _in_loop(self) -> bool:
+        return threading.get_ident() == self._thread.ident
+
     def _send(self, slot: SlotState, *, attach: bool = True) -> None:
-        """Pickle and send the batch of a slot that this thread was given; the next one, if this cannot be pickled."""
-        worker = self._workers[slot.id]
-        put_back = False
+        """Pickle and send the batch of a slot that this thread was given. What cannot be sent ends here."""
+        worker, batch, me = self._workers[slot.id], slot.batch, threading.get_ident()
+        assert batch is not None
         if attach and not worker.attached:
             self._attach(worker)
-        while (batch := slot.batch) is not None and not self._try_send(worker, slot, batch):
-            put_back = True  # some of it, which another worker may take
+        sent = self._try_send(worker, slot, batch)
         with self._lock:
-            if attach and batch is not None:
+            if attach and slot.batch is batch:
                 worker.handed_over = batch.id
-            worker.sender = None
-            if worker.died:
-                worker.died = False
-                self._deferred.append(worker)
-        if batch is not None and batch.job.timeout is not None:
+            if worker.sender == me:
+                worker.sender = None
+                self._defer_death(worker)
+        if sent and batch.job.timeout is not None:
             self._timed = True
             self.wake()
-        elif self._deferred or put_back:
+        elif self._deferred or not sent:  # what went back to the queue is for another worker, or for this one again
             self.wake()
 
     def _try_send(self, worker: Worker, slot: SlotState, batch: Batch) -> bool:
-        """Send the batch, if it can be sent; else deal with it, and let the slot have another."""
+        """Send the batch, if it can be sent; else deal with it, and make the slot idle, or another thread's."""
         try:
             message = self._loader.load(worker, slot, batch)
         except UnsendableError as error:
-            with self._lock:
-                self._scheduler.unsendable(slot, error.failed)
-                if not worker.died:
-                    self._scheduler.free(slot)
+            self._give_back(worker, slot, error.failed)
             for position, reason in error.failed.items():
                 job, index, _ = batch.owner(position)
                 fail(job, index, reason)
             return False
         except NoRoomError:
-            with self._lock:
-                self._scheduler.unsendable(slot, ())
-                self._starved = any(other.batch is not None for other in self._scheduler.slots)
-                if not worker.died:
-                    self._scheduler.park(slot)
+            self._give_back(worker, slot, ())
             return False
         with contextlib.suppress(OSError):  # the process is gone, which the loop will notice
             worker.send(message)
         return True
+
+    def _give_back(self, worker: Worker, slot: SlotState, failed: Collection[int]) -> None:
+        """The slot's batch cannot be sent: `failed` positions of it never, the others not now."""
+        with self._lock:
+            self._scheduler.unsendable(slot, failed)
+            if not failed:
+                self._starved = any(other.batch is not None for other in self._scheduler.slots)
+            self._scheduler.free(slot, more=False)
 
     # -- the end
 

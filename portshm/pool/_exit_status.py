@@ -8,9 +8,17 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Final
 
-__all__ = ["describe_exit", "interrupts_blocked", "is_interrupt", "oom_kills", "unblock_interrupts"]
+__all__ = [
+    "describe_exit",
+    "interrupts_blocked",
+    "interrupts_deferred",
+    "is_interrupt",
+    "oom_kills",
+    "unblock_interrupts",
+]
 
 _SIGNALS: Final = {
     "SIGSEGV": "segmentation fault",
@@ -100,6 +108,27 @@ def interrupts_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Have a Ctrl-C wait for the end of the block, or of the function that this decorates; for short ones.
+
+    For what takes something from the system and notes it down: an exception between the two would lose it for good.
+    Blocking the signal would not do: another thread gets it then, and the main thread runs the handler all the same.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield  # nobody raises anything here
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda signum, frame: came.append((signum, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[-1])
 
 
 def is_interrupt(error: BaseException) -> bool:

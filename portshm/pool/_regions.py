@@ -16,6 +16,7 @@ from typing import Any, Final
 from .._backends import Backend, announce, attach_region, create_region, room
 from .._region import Region
 from ..errors import RegionClosedError, RegionFullError
+from ._exit_status import interrupts_deferred
 
 __all__ = ["RegionStore", "StoreFullError", "StoredRegion"]
 
@@ -73,6 +74,7 @@ class RegionStore:
         """Bytes of shared memory that the store has at present, free regions included."""
         return self._bytes
 
+    @interrupts_deferred()
     def acquire(self, size: int, *, force: bool = False) -> StoredRegion:
         """A region of at least `size` bytes with one user; `force` goes beyond the limit.
 
@@ -134,6 +136,7 @@ class RegionStore:
         """One user less. Safe to call from a finalizer."""
         self._returned.append(id)
 
+    @interrupts_deferred()
     def lease(self, stored: StoredRegion) -> memoryview:
         """A mapping of its own for the views of one result; the user is released when the mapping is deallocated."""
         view = attach_region(stored.region.address).view()

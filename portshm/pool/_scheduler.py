@@ -13,6 +13,7 @@ States of a slot, and what moves it:
     BUSY        done, could not be unpickled its elements one by one; a single one fails
     BUSY        died                         see below; start another
     RETIRING    died                         start another, unless the pool closes
+    any         ended                        ENDED: has what it has and gets no more; `died` follows
     ==========  ===========================  =========================================================
 
 When a worker dies over a batch, its memory tells how far it was:
@@ -185,6 +186,7 @@ class State(enum.Enum):
     IDLE = enum.auto()
     BUSY = enum.auto()
     RETIRING = enum.auto()
+    ENDED = enum.auto()
 
 
 class SlotState:
@@ -301,12 +303,12 @@ class Scheduler:
 
     def ready(self, slot: SlotState) -> bool:
         """The worker has started; whether it has got a batch."""
-        return self._free(slot)
+        return self.free(slot)
 
-    def done(self, slot: SlotState, finished: int, elapsed: float) -> bool:
+    def done(self, slot: SlotState, finished: int, elapsed: float, *, more: bool = True) -> bool:
         """The first `finished` elements have taken `elapsed` seconds, the others were given back.
 
-        Returns whether the slot has got another batch.
+        Returns whether the slot has got another batch, as `free` does.
         """
         batch = slot.batch
         assert batch is not None
@@ -317,7 +319,7 @@ class Scheduler:
                 slot.tasks_left += batch.tasks() - batch.tasks(finished)
         slot.fresh = False
         slot.batch = None
-        return self._free(slot)
+        return self.free(slot, more=more)
 
     def unreadable(self, slot: SlotState) -> Verdict:
         """Nothing of the batch ran, because it could not be unpickled."""
@@ -360,8 +362,12 @@ class Scheduler:
         if slot.tasks_left is not None:
             slot.tasks_left += batch.tasks()
 
+    def ended(self, slot: SlotState) -> None:
+        """The worker's process has ended; what it had is still to be looked at, and `died` to be told."""
+        slot.state = State.ENDED
+
     def died(self, slot: SlotState, finished: int = 0, phase: Phase = Phase.SENT) -> Verdict:
-        """The worker's process has ended; the slot is STARTING again."""
+        """The worker's process has ended, having finished so much of its batch; the slot is STARTING again."""
         batch = slot.batch
         slot.restart(self._max_tasks)
         if batch is None:
@@ -376,14 +382,21 @@ class Scheduler:
         self._put_back(batch, batch.rest(finished + 1))
         return Verdict(finished, culprit)
 
-    def park(self, slot: SlotState) -> None:
-        """The slot has no batch, and shall not get one before something has changed."""
+    def free(self, slot: SlotState, *, more: bool = True) -> bool:
+        """The slot has no batch (any more) and its worker is ready; whether it has got one.
+
+        Without `more` it has not: who asks is to send nothing, or nothing yet.
+        """
+        if slot.state is State.ENDED:
+            return False
+        if slot.tasks_left is not None and slot.tasks_left <= 0:
+            slot.state = State.RETIRING
+            return False
+        if more and self._assign(slot):
+            return True
         slot.state = State.IDLE
         self._idle.append(slot)
-
-    def free(self, slot: SlotState) -> bool:
-        """The slot has no batch (any more) and its worker is ready; whether it has got one."""
-        return self._free(slot)
+        return False
 
     def drop_queue(self, keep: int = 0) -> list[Job | Chunk]:
         """Take everything out of the queue that has not been sent, but the first `keep` if those are calls."""
@@ -398,16 +411,6 @@ class Scheduler:
         return dropped
 
     # -- decisions
-
-    def _free(self, slot: SlotState) -> bool:
-        if slot.tasks_left is not None and slot.tasks_left <= 0:
-            slot.state = State.RETIRING
-            return False
-        if self._assign(slot):
-            return True
-        slot.state = State.IDLE
-        self._idle.append(slot)
-        return False
 
     def _assign(self, slot: SlotState) -> bool:
         batch = self._take(slot)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from .._backends import fill_region, private_view
 from .._region import RegionAddress
 from .._shared_mem import SharedMem
-from ..errors import RegionFullError
+from ..errors import HeaderError, RegionFullError
 from ._exit_status import unblock_interrupts
 from ._messages import Done, Forget, Grant, Message, Move, Need, Ready, Released, Run, StartFailed, Stop
 from ._pipe import PipeEnd, keep_from_children
@@ -56,6 +56,9 @@ _ORPHANED: Final = 70
 # A worker whose pipe was closed by a task leaves with this, before it puts the task's result on record.
 PIPE_CLOSED: Final = 71
 
+# A worker whose memory has no proper header leaves with this, and the next one gets new memory.
+_MEMORY_SPOILT: Final = 72
+
 _NUMBERS: Final = frozenset((int, float))
 
 
@@ -82,7 +85,11 @@ def serve(args: ServeArgs) -> None:
     _ignore_interrupts()
     threading.Thread(target=_leave_with_parent, args=(args.life,), name="portshm-watch", daemon=True).start()
     try:
-        mem = SharedMem.attach(args.memory, header=SLOT_HEADER)
+        try:
+            mem = SharedMem.attach(args.memory, header=SLOT_HEADER)
+        except HeaderError:
+            # Under fork a task has all slots' memory mapped, and one that runs wild may overwrite it before we attach.
+            os._exit(_MEMORY_SPOILT)
         trace = _trace_faults(mem, None)
         if args.initializer is not None:
             args.initializer(*args.initargs)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .._backends import Backend
 from .._shared_mem import SharedMem
 from ..errors import HeaderError
-from ._exit_status import describe_exit, interrupts_blocked, oom_kills
+from ._exit_status import describe_exit, interrupts_blocked, interrupts_deferred, oom_kills
 from ._messages import Message, Move, Stop
 from ._pipe import PipeEnd, keep_from_children
 from ._regions import StoredRegion
@@ -164,14 +164,16 @@ class Worker:
         """Put a batch into the slot's memory, which grows where it must. A `Run` message then hands it over."""
         needed = self.slot.room_needed(elements, len(payload), len(head))
         if needed > self.slot.mem.capacity:
-            self.slot.mem.resize(max(needed, 2 * self.slot.mem.capacity))
-            self.slot.adopt(self.slot.mem)
+            with interrupts_deferred():
+                self.slot.mem.resize(max(needed, 2 * self.slot.mem.capacity))
+                self.slot.adopt(self.slot.mem)
             with contextlib.suppress(OSError):  # the process is gone, which `Run` will show
                 self.send(Move(str(self.slot.mem.address)))
         self.slot.prepare(batch, elements, payload, head, patience)
 
     def stop(self) -> None:
         """Ask the process to leave when it is done; it may be gone already."""
+        self.stopped = True
         with contextlib.suppress(OSError):
             self.send(Stop())
 

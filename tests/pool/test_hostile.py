@@ -19,6 +19,7 @@ import pytest
 
 from portshm import PoolError, TransportError, WorkerCrashed, WorkerStartError
 from portshm.pool import Pool, ProcessPoolExecutor
+from portshm.pool._worker import Worker
 from tests import tasks
 from tests.children import environment
 from tests.pool.waiting import gone, running, until
@@ -227,6 +228,22 @@ def test_a_task_that_writes_garbage_to_the_pipe(pool: Pool) -> None:
 def test_a_task_that_scribbles_over_its_memory(pool: Pool) -> None:
     with pytest.raises(PoolError):
         pool.apply_async(tasks.scribble, (b"\xff",)).get(60)
+
+
+def test_memory_that_is_spoilt_before_its_worker_has_attached(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = Worker._check_memory
+
+    def spoil_at_first(worker: Worker) -> None:
+        check(worker)
+        if worker.starts == 0:  # as a task of another worker might under fork, just then
+            worker.slot.mem.layout.store(memoryview(worker.slot.area.obj), "magic", b"\xff" * 8)
+
+    monkeypatch.setattr(Worker, "_check_memory", spoil_at_first)
+    pool = make_pool(2)
+    assert pool.map_async(inc, range(200)).get(60) == list(range(1, 201))
+    until(lambda: [stats.restarts for stats in pool.stats()] == [1, 1], "a second process in each slot")
 
 
 def test_a_task_that_starts_a_program_and_one_that_has_a_pool(pool: Pool) -> None:

@@ -41,21 +41,23 @@ def numbers() -> Iterator[int]:
 
 
 @functools.cache
-def with_lines(path: str) -> frozenset[int]:
+def without_interrupts(path: str) -> frozenset[int]:
+    """Lines at which no interrupt comes, though tracing stops there too.
+
+    Those that enter or leave a `with`: there are no more bytecodes between the call that takes a lock (in C) and the
+    block that gives it back than the interpreter executes before it looks for signals. And `try`, which is nothing that
+    is executed: what is raised there goes past the blocks around it (3.11 to 3.13).
+    """
     return frozenset(
         line
         for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8")))
-        if isinstance(node, ast.With)
+        if isinstance(node, (ast.With, ast.Try))
         for line in range(node.lineno, node.body[0].lineno)
     )
 
 
 class Interrupt:
-    """Raise KeyboardInterrupt in this thread before the n-th line of the pool's code that it comes to.
-
-    Not before a line that enters or leaves a `with`: there are no more bytecodes between the call that takes a lock
-    (in C) and the block that gives it back than the interpreter executes before it looks for signals.
-    """
+    """Ctrl-C in this thread before the n-th line of the pool's code that it comes to."""
 
     def __init__(self, at: int) -> None:
         self.left = at
@@ -72,11 +74,11 @@ class Interrupt:
         return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None
 
     def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if event == "line" and frame.f_lineno not in with_lines(frame.f_code.co_filename):
+        if event == "line" and frame.f_lineno not in without_interrupts(frame.f_code.co_filename):
             self.left -= 1
             if self.left < 0:
                 self.raised = True
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
         return self._line
 
 

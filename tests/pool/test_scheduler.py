@@ -106,6 +106,28 @@ def test_ready_with_nothing_is_idle_and_takes_the_next() -> None:
     assert slot.state is State.BUSY
 
 
+def test_a_slot_whose_process_has_ended_gets_nothing_more() -> None:
+    scheduler = ready()
+    (slot,) = scheduler.slots
+    scheduler.ended(slot)
+    assert scheduler.submit(Call(0)) is None
+    scheduler.repair()
+    assert scheduler.assign_idle() is None
+    assert not scheduler.free(slot)
+    assert slot.state is State.ENDED
+    assert die(scheduler, slot, 0, Phase.SENT) == (0, [])
+    assert scheduler.ready(slot)
+
+
+def test_a_slot_whose_process_has_ended_keeps_what_it_has() -> None:
+    scheduler = ready()
+    slot = start(scheduler, Map(), 1)
+    scheduler.ended(slot)
+    assert indices(slot.batch) == [0]
+    assert not scheduler.done(slot, 1, 0.0), "it has said so before"
+    assert slot.state is State.ENDED
+
+
 def test_done_takes_the_next_or_is_idle() -> None:
     scheduler = ready()
     slot = scheduler.submit(Call(0))
@@ -139,7 +161,7 @@ def test_a_parked_slot_waits_for_something_to_change() -> None:
     scheduler = ready()
     slot = start(scheduler, Map(), 1)
     scheduler.unsendable(slot, ())
-    scheduler.park(slot)
+    scheduler.free(slot, more=False)
     assert slot.state is State.IDLE
     assert scheduler.can_assign
     assert scheduler.assign_idle() is slot

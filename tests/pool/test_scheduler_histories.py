@@ -109,7 +109,7 @@ class World:
             self.scheduler.unsendable(slot, failed)
             self.failed.update(elements[position] for position in failed)
             if self.random.random() < 0.3:
-                self.scheduler.park(slot)
+                self.scheduler.free(slot, more=False)
                 return
             self.scheduler.free(slot)
 
