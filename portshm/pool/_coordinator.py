@@ -16,6 +16,7 @@ Sinks of results (`_results.py`) are settled by the loop without the lock.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -29,7 +30,9 @@ from typing import Any, Final, NamedTuple
 
 from .._reaper import clean
 from ..errors import PoolError, TaskTimeoutError, TransportError, WorkerCrashed, WorkerStartError
+from ._at_exit import when_exiting
 from ._delivery import Delivery, fail, rebuild, settle
+from ._exit_status import interrupts_deferred
 from ._loading import Loader, NoRoomError, UnsendableError
 from ._messages import Done, Forget, GarbageError, Grant, Need, Ready, Released, StartFailed
 from ._pipe import keep_from_children
@@ -78,6 +81,7 @@ class ClosedError(Exception):
 class Coordinator:
     """The engine under both faces."""
 
+    @interrupts_deferred()
     def __init__(
         self,
         processes: int,
@@ -87,6 +91,7 @@ class Coordinator:
         start_timeout: float = 60.0,
         max_shared_bytes: int | None = None,
         on_demand: bool = False,
+        at_exit: Callable[[Coordinator], None],
     ) -> None:
         self.max_tasks = max_tasks
         self._pid = os.getpid()
@@ -126,7 +131,8 @@ class Coordinator:
         self._on_demand = on_demand
         self._unstarted: list[Worker] = []  # without a process until there is work for one, if they start on demand
         self._starting = threading.Lock()  # held by whoever starts those
-        self.at_end: Callable[[], object] | None = None
+        self._at_exit = at_exit  # called with us when the interpreter exits before our end
+        self._stay_at_exit: Callable[[], object] | None = None  # takes that back
         self._thread = threading.Thread(target=self._run, name="portshm-coordinator", daemon=True)
         self._started = False
         self.start_failed = False
@@ -144,11 +150,13 @@ class Coordinator:
             if self._started:
                 return
             self._started = True
-            # What pools before us left behind, if they were killed; it may be the very room that we need.
-            clean()
             try:
-                for slot in self._scheduler.slots:
-                    self._workers.append(Worker(slot.id, self._settings, self._life_reader))
+                with interrupts_deferred():
+                    # What pools before us left behind, if they were killed; it may be the very room that we need.
+                    clean()
+                    self._stay_at_exit = when_exiting(functools.partial(self._at_exit, self))
+                    for slot in self._scheduler.slots:
+                        self._workers.append(Worker(slot.id, self._settings, self._life_reader))
             except BaseException:
                 self._terminating = self.start_failed = True
                 self._release()
@@ -159,7 +167,8 @@ class Coordinator:
             else:
                 for worker in self._workers:
                     self._launch(worker)
-            self._thread.start()
+            with interrupts_deferred():
+                self._thread.start()
         except BaseException:
             self._terminating = self._ending = self.start_failed = True
             with self._lock:  # an interrupt may have come when the thread was there already
@@ -786,6 +795,7 @@ class Coordinator:
                         self._unstarted.pop()
             self.wake()  # it has a deadline, and on Windows the loop waits for those only that it knew of
 
+    @interrupts_deferred()
     def _launch(self, worker: Worker) -> None:
         worker.start()
         try:
@@ -917,9 +927,9 @@ class Coordinator:
         self._close_pipes()
         if self._callbacks is not None:
             self._callbacks.put(None)
-        at_end, self.at_end = self.at_end, None  # it refers to us
-        if at_end is not None:
-            at_end()
+        stay, self._stay_at_exit = self._stay_at_exit, None  # it refers to us
+        if stay is not None:
+            stay()
 
     def _end_processes(self) -> None:
         alive = [worker for worker in self._workers if worker.process is not None]

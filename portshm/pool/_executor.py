@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, TypeVar
 from .._backends import Backend
 from ..errors import WorkerCrashed
 from ._coordinator import ClosedError, Coordinator, WorkerStats
-from ._pool import check_options, default_processes, end_engine, feed, when_exiting
+from ._pool import check_options, default_processes, end_engine, feed
 from ._results import Condition, EndOfResultsError, IMapJob, NoResultError, OnCrash
 from ._scheduler import Job
 from ._slot import Mode
@@ -161,13 +161,10 @@ class ProcessPoolExecutor(Executor):
             max_shared_bytes=max_shared_bytes,
             # As the standard library's: what forks must do so before the engine's thread is there.
             on_demand=mp_context.get_start_method(allow_none=False) != "fork",
+            # Pending work is finished then, as with the standard library's executor.
+            at_exit=_finish_engine,
         )
-        self._have_engine()
-
-    def _have_engine(self) -> None:
         self._engine = self._make_engine()
-        # Pending work is finished then, as with the standard library's executor.
-        when_exiting(_finish_engine, self._engine)
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         self._start()
@@ -187,7 +184,7 @@ class ProcessPoolExecutor(Executor):
             self._engine.start()
         except KeyboardInterrupt:
             if self._engine.start_failed:  # and so nothing was submitted to it
-                self._have_engine()
+                self._engine = self._make_engine()
             raise
 
     def map(

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import multiprocessing
-import multiprocessing.util
 import os
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -29,11 +25,11 @@ from ._worker import WorkerSettings
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Pool", "check_options", "default_processes", "end_engine", "feed", "when_exiting"]
+__all__ = ["Pool", "check_options", "default_processes", "end_engine", "feed"]
 
 T = TypeVar("T")
 
-_RUN, _CLOSE, _TERMINATE = "RUN", "CLOSE", "TERMINATE"
+_INIT, _RUN, _CLOSE, _TERMINATE = "INIT", "RUN", "CLOSE", "TERMINATE"
 
 
 def default_processes() -> int:
@@ -89,7 +85,7 @@ class Pool:
         start_timeout: float = 60.0,
         max_shared_bytes: int | None = None,
     ) -> None:
-        self._state = "INIT"  # what __del__ finds if we raise
+        self._state = _INIT
         self._ctx = context or multiprocessing.get_context()
         self._processes = default_processes() if processes is None else processes
         check_options(self._processes, task_timeout, retries, on_crash)
@@ -107,8 +103,8 @@ class Pool:
             max_tasks=maxtasksperchild,
             start_timeout=start_timeout,
             max_shared_bytes=max_shared_bytes,
+            at_exit=end_engine,
         )
-        when_exiting(end_engine, self._engine)
         self._engine.start()
         self._state = _RUN
 
@@ -330,9 +326,13 @@ class Pool:
         return f"<{cls.__module__}.{cls.__qualname__} state={self._state} pool_size={self._processes}>"
 
     def __del__(self) -> None:
-        if self._state == _RUN and not self._engine.inherited:
+        engine: Coordinator | None = getattr(self, "_engine", None)
+        if engine is None or engine.inherited:
+            return
+        if self._state == _RUN:
             warnings.warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, source=self, stacklevel=1)
-            self._engine.terminate()
+        if self._state in (_INIT, _RUN):  # an interrupt may have come before anybody had it
+            engine.terminate()
 
 
 def end_engine(engine: Coordinator) -> None:
@@ -340,27 +340,6 @@ def end_engine(engine: Coordinator) -> None:
     if not engine.inherited:
         engine.terminate()
         engine.join()
-
-
-def when_exiting(end: Callable[[Coordinator], None], engine: Coordinator) -> None:
-    """Have `end(engine)` called when the interpreter exits, should the engine still be there."""
-    # The last to register is the first to be called, and we must be called before `weakref.finalize` takes the
-    # memory away from workers that are still busy. It registers itself when the first finalizer is made: now.
-    weakref.finalize(engine, _nothing).detach()
-    call = functools.partial(end, engine)
-    atexit.register(call)
-    # Children of multiprocessing leave without atexit (before 3.13), but call these. The priority is the stdlib's.
-    finalizer = multiprocessing.util.Finalize(None, call, exitpriority=15)
-
-    def forget() -> None:
-        atexit.unregister(call)
-        finalizer.cancel()
-
-    engine.at_end = forget
-
-
-def _nothing() -> None:
-    pass
 
 
 @contextlib.contextmanager

@@ -127,7 +127,11 @@ CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "sp
 
 
 def make(work: Callable[[Any], None]) -> Any:
-    return Pool(2, context=CONTEXT) if work in POOL else ProcessPoolExecutor(2, CONTEXT)
+    return make_face(Pool if work in POOL else ProcessPoolExecutor)
+
+
+def make_face(face: Any) -> Any:
+    return Pool(2, context=CONTEXT) if face is Pool else ProcessPoolExecutor(2, CONTEXT)
 
 
 def begin(pool: Any, count: int) -> Callable[[], list[int]]:
@@ -170,46 +174,61 @@ def test_before_any_line(work: Callable[[Any], None]) -> None:
     assert at > 40, "it has been everywhere"
 
 
-def work_until_interrupted(work: Callable[[Any], None], pool: Any, delay: float) -> list[Any]:
-    """Interrupt this thread so many seconds after it has begun; wrong results of another one that uses the pool too."""
-    wrong: list[Any] = []
-    stop = threading.Event()
-
-    def use() -> None:
-        while not stop.is_set():
-            found = begin(pool, 20)()
-            if found != list(range(1, 21)):
-                wrong.append(found)
+def interrupted(work: Callable[[], object], delay: float) -> None:
+    """Do this over and over, until an interrupt comes so many seconds after the beginning."""
+    over = threading.Event()
 
     def interrupt() -> None:
         time.sleep(delay)
         # Again if need be: Python drops what is raised in a destructor.
-        while not stop.is_set():
+        while not over.is_set():
             os.kill(os.getpid(), signal.SIGINT)
-            stop.wait(1.0)
+            over.wait(1.0)
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        if not stop.is_set():
+        if not over.is_set():
             raise KeyboardInterrupt
 
-    threads = [threading.Thread(target=target) for target in (use, interrupt)]
+    thread = threading.Thread(target=interrupt)
     before = signal.signal(signal.SIGINT, handle)
     try:
         with pytest.raises(KeyboardInterrupt):
-            for thread in threads:
-                thread.start()
+            thread.start()
             while True:
-                work(pool)
+                work()
     finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
+        over.set()
+        thread.join()
         signal.signal(signal.SIGINT, before)
+
+
+def interrupted_beside_others(work: Callable[[Any], None], pool: Any, delay: float) -> list[Any]:
+    """As `interrupted`, while another thread uses the pool too; what it found wrong."""
+    wrong: list[Any] = []
+    over = threading.Event()
+
+    def use() -> None:
+        while not over.is_set():
+            found = begin(pool, 20)()
+            if found != list(range(1, 21)):
+                wrong.append(found)
+
+    user = threading.Thread(target=use)
+    user.start()
+    try:
+        interrupted(lambda: work(pool), delay)
+    finally:
+        over.set()
+        user.join()
     return wrong
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.skipif(os.name != "posix", reason="a signal that this process sends to itself")
+at_random = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+needs_signals = pytest.mark.skipif(os.name != "posix", reason="a signal that this process sends to itself")
+
+
+@at_random
+@needs_signals
 @pytest.mark.parametrize("work", [*POOL, *EXECUTOR], ids=lambda work: work.__name__)
 def test_at_any_time_while_others_use_it(work: Callable[[Any], None]) -> None:
     chance = random.Random(work.__name__)
@@ -217,5 +236,18 @@ def test_at_any_time_while_others_use_it(work: Callable[[Any], None]) -> None:
         pool = make(work)
         begin(pool, 10)()
         for _ in range(15):
-            assert work_until_interrupted(work, pool, chance.random() * 0.005) == []
+            assert interrupted_beside_others(work, pool, chance.random() * 0.005) == []
         finish(pool)
+
+
+@at_random
+@needs_signals
+@pytest.mark.parametrize("face", [Pool, ProcessPoolExecutor])
+def test_while_it_is_made(face: Any) -> None:
+    def make_and_end() -> None:
+        with make_face(face) as pool:
+            begin(pool, 1)()
+
+    chance = random.Random(face.__name__)
+    for _ in range(60):
+        interrupted(make_and_end, chance.random() * 0.01)
