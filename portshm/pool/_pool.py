@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from .._backends import Backend
 from ..errors import PoolError
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["Pool", "check_options", "default_processes", "end_engine", "feed"]
 
 T = TypeVar("T")
+
+# One for all calls without: less to make, to pickle, and for the garbage collector to look at. Nobody changes it.
+_NO_KEYWORDS: Final[dict[str, Any]] = {}
 
 _INIT, _RUN, _CLOSE, _TERMINATE = "INIT", "RUN", "CLOSE", "TERMINATE"
 
@@ -141,7 +144,7 @@ class Pool:
         if self._state != _RUN:
             raise ValueError("Pool not running")
         result = AsyncResult(
-            func, args if type(args) is tuple else tuple(args), {} if kwds is None else kwds, self._engine,
+            func, args if type(args) is tuple else tuple(args), _NO_KEYWORDS if kwds is None else kwds, self._engine,
             callback, error_callback, self._on_crash, self._timeout if timeout is None else timeout, self._retries,
         )  # fmt: skip
         result.keeps = self

@@ -162,7 +162,10 @@ class Batch:
         if self.chunk is not None:
             return self.chunk.job, self.chunk.start + position, self.chunk.items[position]
         call = self.calls[position]
-        return call, 0, call.call[1:] if call.call is not None else ()
+        if call.call is None:
+            return call, 0, ()
+        _, args, kwargs = call.call
+        return call, 0, (args, dict(kwargs))  # the user's from here on
 
     def rest(self, start: int, stop: int | None = None) -> list[Job | Chunk]:
         """The elements from `start` to `stop` as entries of the queue."""
