@@ -42,7 +42,7 @@ APART = {
     "locked": {"pool"},
     "pool": {"locked"},
     # The scheduler is pure state, and the child's side never looks at the parent's.
-    "pool/_scheduler": {"pool/_worker", "pool/_coordinator", "pool/_server", "pool/_comm", "_shared_mem", "_backends"},
+    "pool/_scheduler": {"pool/_worker", "pool/_coordinator", "pool/_server", "_shared_mem", "_backends"},
     "pool/_server": {"pool/_worker", "pool/_coordinator", "pool/_scheduler", "pool/_pool", "pool/_executor"},
 }
 

@@ -41,6 +41,7 @@ from ._results import MapJob
 from ._scheduler import Batch, Chunk, Job, Scheduler, SlotState, State
 from ._server import PIPE_CLOSED
 from ._slot import Mode, Phase, Record, RecordError
+from ._starts import Starts
 from ._waiter import CAN_TALK, Waiter
 from ._worker import Obituary, Worker, WorkerSettings
 
@@ -49,16 +50,8 @@ __all__ = ["ClosedError", "Coordinator", "WorkerStats"]
 logger = logging.getLogger("portshm")
 logger.addHandler(logging.NullHandler())
 
-# Starts that fail one after the other, over the whole pool, before we stop trying: where no worker has ever been
-# ready, and where one has, so that it is not the initializer. The latter are made at growing distances.
-_MAX_START_FAILURES: Final = 5
-_MAX_LATER_FAILURES: Final = 20
-
 # Seconds between SIGTERM and SIGKILL, for processes that have something to do at their end.
 _GRACE: Final = 0.2
-
-# A process that died idle within this many seconds of its start is replaced only after as long again.
-_QUICK_DEATH: Final = 0.5
 
 _WAKE: Final = "wake"
 
@@ -114,9 +107,7 @@ class Coordinator:
         self._forgotten: list[int] = []  # ids of jobs that have ended, whose function workers may still have
         self._callbacks: queue.SimpleQueue[Callable[[], None] | None] | None = None
         self._callback_thread: threading.Thread | None = None
-        self._start_failures = 0
-        self._proven = False  # a worker has been ready
-        self._restart_at: dict[int, float] = {}
+        self._starts = Starts(self._launch, self._break)
         self._deferred: list[Worker] = []  # died while somebody was sending to them
         self._starved = False  # a batch went back to the queue for want of room in the store
         self._ending = False  # one of: closing, terminating, broken
@@ -129,8 +120,6 @@ class Coordinator:
         self._settings = settings
         self._workers: list[Worker] = []
         self._on_demand = on_demand
-        self._unstarted: list[Worker] = []  # without a process until there is work for one, if they start on demand
-        self._starting = threading.Lock()  # held by whoever starts those
         self._at_exit = at_exit  # called with us when the interpreter exits before our end
         self._stay_at_exit: Callable[[], object] | None = None  # takes that back
         self._thread = threading.Thread(target=self._run, name="portshm-coordinator", daemon=True)
@@ -163,7 +152,7 @@ class Coordinator:
                 raise
         try:
             if self._on_demand:
-                self._unstarted = self._workers[::-1]
+                self._starts.hold_back(self._workers[::-1])
             else:
                 for worker in self._workers:
                     self._launch(worker)
@@ -202,8 +191,11 @@ class Coordinator:
                         self._workers[slot.id].sender = threading.get_ident()
             if self._scheduler.can_assign and not self._starved:
                 self.wake()
-            if self._unstarted and not refused:
-                self._start_more(1 if isinstance(entry, Job) else entry.units, idle=idle)
+            if self._starts.some_held_back and not refused:
+                # One for each task, but for the first if a worker that was there has got it.
+                self._starts.more((1 if isinstance(entry, Job) else entry.units) - idle)
+                self._timed = True
+                self.wake()  # it has a deadline, and on Windows the loop waits for those only that it knew of
         except BaseException:
             self._interrupted()
             raise
@@ -278,10 +270,8 @@ class Coordinator:
                 else:
                     self._attach(worker)
             self._scheduler.repair()
-        with self._starting, self._lock:
-            if self._scheduler.waiting:  # for one of these, which we may have been about to start
-                self._restart_at.update((worker.id, 0.0) for worker in self._unstarted if worker.process is None)
-                self._unstarted = []
+        if self._scheduler.waiting:  # for one of these, which we may have been about to start
+            self._starts.leave_to_the_loop()
         self._timed = True
         self._awake = False  # it may be set, and nothing sent
         self.wake()
@@ -496,7 +486,7 @@ class Coordinator:
 
     def _wait_time(self) -> float | None:
         """Until the next deadline; the wait ends earlier for anything that happens."""
-        moments = list(self._restart_at.values())
+        moments = self._starts.moments
         now = time.monotonic()
         for worker, slot in zip(self._workers, self._scheduler.slots, strict=True):
             if worker.process is not None and slot.state is State.STARTING:
@@ -519,11 +509,8 @@ class Coordinator:
         return (started / 1e9 if phase is not Phase.SENT and started else now) + batch.job.timeout
 
     def _keep_time(self) -> None:
+        self._starts.those_due()
         now = time.monotonic()
-        for id, moment in list(self._restart_at.items()):
-            if now >= moment:
-                del self._restart_at[id]
-                self._start_worker(self._workers[id])
         for worker, slot in zip(self._workers, self._scheduler.slots, strict=True):
             starting = worker.process is not None and slot.state is State.STARTING and not worker.start_error
             if starting and now >= worker.started_at + self._start_timeout:
@@ -575,7 +562,7 @@ class Coordinator:
             if not self._all_done():
                 return
             leaving = [w for w in self._workers if w.ready and not w.stopped]
-            self._restart_at.clear()
+        self._starts.cancel()
         for worker in leaving:
             worker.stop()
 
@@ -630,8 +617,8 @@ class Coordinator:
 
     def _on_ready(self, worker: Worker) -> None:
         with self._lock:
-            worker.ready = self._proven = True
-            self._start_failures = 0
+            worker.ready = True
+            self._starts.ready()
             slot = self._scheduler.slots[worker.id]
             got = self._scheduler.ready(slot)
             worker.sender = threading.get_ident() if got else None
@@ -762,16 +749,12 @@ class Coordinator:
         for job, index, arguments in [*lost, *filter(None, [verdict.culprit])]:
             fail(job, index, self._crash(worker, obituary, job, index, item if item is not None else arguments))
         logger.info("worker %s ended: %s", obituary.pid, obituary.cause)
-        if not worker.ready:
-            if not self.closing or not self._all_done():
-                self._start_failed(worker, obituary)
-        elif not self._scheduler.closing or not self._all_done():
-            quick = batch is None and not worker.stopped and time.monotonic() - worker.started_at < _QUICK_DEATH
-            if quick:
-                self._restart_at[worker.id] = time.monotonic() + _QUICK_DEATH
-                self._timed = True
+        if not self._scheduler.closing or not self._all_done():
+            if worker.ready:
+                self._starts.again(worker, was_idle=batch is None and not worker.stopped)
             else:
-                self._start_worker(worker)
+                self._starts.failed(worker, obituary)
+            self._timed = True
 
     def _crash(self, worker: Worker, obituary: Obituary, job: Job, index: int, item: Any) -> WorkerCrashed:
         if worker.timed_out:
@@ -779,21 +762,6 @@ class Coordinator:
             return TaskTimeoutError(index, item, obituary.pid, obituary.exitcode, cause, obituary.native_traceback)
         cause = worker.note or obituary.cause
         return WorkerCrashed(index, item, obituary.pid, obituary.exitcode, cause, obituary.native_traceback)
-
-    def _start_more(self, tasks: int, *, idle: bool) -> None:
-        """One worker more for each of so many new tasks; `idle`: a worker that was there has got the first."""
-        for _ in range(tasks - idle):
-            with self._starting:
-                with self._lock:
-                    if not self._unstarted:
-                        return
-                    worker = self._unstarted[-1]
-                if worker.process is None:
-                    self._start_worker(worker)
-                with self._lock:  # not before: it would be lost with an interrupt
-                    if self._unstarted:
-                        self._unstarted.pop()
-            self.wake()  # it has a deadline, and on Windows the loop waits for those only that it knew of
 
     @interrupts_deferred()
     def _launch(self, worker: Worker) -> None:
@@ -808,34 +776,6 @@ class Coordinator:
             worker.kill()
             worker.bury()
             raise
-
-    def _start_worker(self, worker: Worker) -> None:
-        """Start it, now or later."""
-        try:
-            self._launch(worker)
-        except Exception as error:
-            logger.exception("a worker could not be started")
-            self._start_failures += 1
-            if self._start_failures >= _MAX_START_FAILURES:
-                self._break(WorkerStartError("workers cannot be started", repr(error)))
-            else:
-                self._restart_at[worker.id] = time.monotonic() + _QUICK_DEATH
-                self._timed = True
-
-    def _start_failed(self, worker: Worker, obituary: Obituary) -> None:
-        self._start_failures += 1
-        if worker.start_error:
-            self._break(WorkerStartError("the workers' initializer failed", worker.start_error))
-        elif self._start_failures >= (_MAX_LATER_FAILURES if self._proven else _MAX_START_FAILURES):
-            detail = f"the last one: pid {obituary.pid}, {obituary.cause}\n{obituary.native_traceback}"
-            self._break(
-                WorkerStartError(f"{self._start_failures} workers in a row died before they were ready", detail)
-            )
-        elif self._proven:
-            self._restart_at[worker.id] = time.monotonic() + min(1.0, 0.01 * 2**self._start_failures)
-            self._timed = True
-        else:
-            self._start_worker(worker)
 
     def _break(self, error: WorkerStartError) -> None:
         logger.error("%s", error)
@@ -901,9 +841,7 @@ class Coordinator:
         """End all processes, fail what is left, give everything back. The last thing that happens."""
         with self._lock:
             self._terminating = True
-            self._unstarted = []
-        with self._starting:
-            pass  # whoever is about to start one has done so
+        self._starts.end()
         self._end_processes()
         error = self._end_error()
         with self._lock:
