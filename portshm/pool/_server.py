@@ -182,6 +182,7 @@ class _Server:
         while not self._inbox:
             if self._released:
                 self._pipe.send(Released(self._take_released()))
+            self._pipe.ask()
             self._inbox += self._pipe.receive()
         return self._inbox.pop(0)
 

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import selectors
 import sys
-import time
-from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any, Final
 
-from ._pipe import keep_from_children
+from ._pipe import ask, keep_from_children
 
 __all__ = ["CAN_TALK", "MAX_WORKERS", "Ears", "Waiter"]
-
-# Seconds for which `Ears` ask again and again before they sleep: to be woken costs 20 to 50 us where the processor has
-# gone to sleep too, as much as a small task takes there and back.
-_SPIN: Final = 0.00005
-
-# In between whoever else wants this processor gets it, above all the worker that is to answer.
-_let_others_run: Callable[[], object] = getattr(os, "sched_yield", lambda: None)
 
 CAN_TALK: Final = sys.platform != "win32"  # whether there are `Ears`
 
@@ -70,12 +60,7 @@ else:
 
         def wait(self) -> bool:
             """Whether the pipe is ready, or else only the sentinel."""
-            ready = self._poll.poll(0)
-            until = time.monotonic() + _SPIN
-            while not ready and time.monotonic() < until:
-                _let_others_run()
-                ready = self._poll.poll(0)
-            return any(descriptor == self._pipe for descriptor, _ in ready or self._poll.poll())
+            return any(descriptor == self._pipe for descriptor, _ in ask(self._poll) or self._poll.poll())
 
     class Waiter:
         """Over a selector that persists (epoll, kqueue): a wait costs the same for 2 workers and for 200."""
