@@ -22,6 +22,7 @@
         WorkerCrashed              also BrokenProcessPool   a worker died; fails one task
           TaskTimeoutError         also multiprocessing.TimeoutError
         WorkerStartError           also BrokenProcessPool   workers die before their first answer
+        PoolTerminatedError        also BrokenProcessPool   the pool ended before this was finished
 
 A class exists because a caller would treat it differently. Each derives from the built-in that a caller of
 the standard library would catch, and each survives pickling: the fields are the constructor's arguments and
@@ -41,6 +42,7 @@ __all__ = [
     "LockTimeoutError",
     "NotReadyError",
     "PoolError",
+    "PoolTerminatedError",
     "PortShmError",
     "RegionClosedError",
     "RegionError",
@@ -226,6 +228,10 @@ class WorkerStartError(PoolError, BrokenProcessPool):
 
     def __str__(self) -> str:
         return f"{self.reason}\n{self.detail}".rstrip()
+
+
+class PoolTerminatedError(PoolError, BrokenProcessPool):
+    """The pool was ended, by `terminate()` and the like, before this was finished; it may have run or not."""
 
 
 def _brief(item: Any, limit: int = 80) -> str:

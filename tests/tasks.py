@@ -10,6 +10,7 @@ import ctypes
 import gc
 import mmap
 import os
+import re
 import signal
 import stat
 import struct
@@ -152,6 +153,12 @@ def ignore_sigterm(path: str) -> None:
 def noted_hang(path: str) -> None:
     note(path, os.getpid())
     time.sleep(FOREVER)
+
+
+def hang_in_c(path: str) -> None:
+    """Note the pid, and let no other thread of this process run for a very long time."""
+    note(path, os.getpid())
+    re.match("(a+)+$", "a" * 60 + "b")
 
 
 def stop_self(path: str) -> None:
@@ -333,6 +340,15 @@ def scribble(byte: bytes) -> None:
         if isinstance(obj, mmap.mmap):
             with contextlib.suppress(TypeError):  # read-only
                 obj[:] = byte * len(obj)
+
+
+def wipe_if(log: str, number: int, last: int, then: str) -> int:
+    """Note the number; the last one zeroes the memory that it finds, as a wild store might, and dies or hangs."""
+    note(log, number)
+    if number == last:
+        scribble(b"\0")
+        hang() if then == "hang" else die(then)
+    return number
 
 
 def write_garbage(kind: str) -> None:

@@ -31,6 +31,7 @@ SAMPLES: dict[type[BaseException], tuple[tuple[object, ...], tuple[type[BaseExce
     errors.WorkerCrashed: ((3, b"item", 42, -11, "SIGSEGV", "stack"), (errors.PoolError, BrokenProcessPool)),
     errors.TaskTimeoutError: ((3, b"item", 42, -9, "slow"), (errors.WorkerCrashed, multiprocessing.TimeoutError)),
     errors.WorkerStartError: (("reason", "detail"), (errors.PoolError, BrokenProcessPool)),
+    errors.PoolTerminatedError: (("sentence",), (errors.PoolError, BrokenProcessPool)),
 }
 
 

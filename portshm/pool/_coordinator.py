@@ -29,7 +29,7 @@ from collections.abc import Callable, Collection
 from typing import Any, Final, NamedTuple
 
 from .._reaper import clean
-from ..errors import PoolError, TaskTimeoutError, TransportError, WorkerCrashed, WorkerStartError
+from ..errors import PoolTerminatedError, TaskTimeoutError, TransportError, WorkerCrashed, WorkerStartError
 from ._at_exit import when_exiting
 from ._delivery import Delivery, fail, rebuild, settle
 from ._exit_status import interrupts_deferred
@@ -52,6 +52,12 @@ logger.addHandler(logging.NullHandler())
 
 # Seconds between SIGTERM and SIGKILL, for processes that have something to do at their end.
 _GRACE: Final = 0.2
+
+# Seconds for a worker to begin with a batch that has a deadline.
+_BEGUN_WITHIN: Final = 5.0
+
+# Seconds; a selector takes no more than some weeks, and a deadline may be any number.
+_LONGEST_WAIT: Final = 3600.0
 
 _WAKE: Final = "wake"
 
@@ -374,7 +380,7 @@ class Coordinator:
                 worker.process is not None and slot.state is State.STARTING
                 for worker, slot in zip(self._workers, self._scheduler.slots, strict=False)
             )
-            return self._scheduler.drop_queue(keep=starting)
+            return self._scheduler.cancel_queue(keep=starting)
 
     def wake(self) -> None:
         """Have the loop look at the state again."""
@@ -388,7 +394,7 @@ class Coordinator:
         now = time.monotonic_ns()
         found = []
         with self._lock:
-            for worker, slot in zip(self._workers, self._scheduler.slots, strict=True):
+            for worker, slot in zip(self._workers, self._scheduler.slots, strict=False):  # none before the start
                 done, running = worker.tasks_done, None
                 if slot.batch is not None and not worker.slot.mem.closed:
                     count, phase = worker.slot.progress(slot.batch.id)
@@ -434,7 +440,7 @@ class Coordinator:
         except BaseException as error:  # a fault of ours: nobody may be left waiting
             logger.exception("the coordinator failed")
             with self._lock:
-                self.broken = self.broken or PoolError(f"the pool's coordinator failed: {error!r}")
+                self.broken = self.broken or PoolTerminatedError(f"the pool's coordinator failed: {error!r}")
         finally:
             self._finish()
 
@@ -499,14 +505,17 @@ class Coordinator:
         if not moments:
             self._timed = False
             return None
-        return max(0.0, min(moments) - now)
+        return min(max(0.0, min(moments) - now), _LONGEST_WAIT)
 
     def _deadline(self, worker: Worker, batch: Batch, now: float) -> float:
         assert batch.job.timeout is not None
+        if worker.loaded != batch.id:
+            return now + batch.job.timeout  # somebody is about to load it
         _, phase = worker.slot.progress(batch.id)
         started = worker.slot.started[0]
-        # Its clock starts when the element does; until then ask again after as long.
-        return (started / 1e9 if phase is not Phase.SENT and started else now) + batch.job.timeout
+        # Its clock starts when the element does. A worker that does not even begin is stopped, or has lost its memory.
+        begun = started / 1e9 if phase is not Phase.SENT and started else worker.loaded_at + _BEGUN_WITHIN
+        return begun + batch.job.timeout
 
     def _keep_time(self) -> None:
         self._starts.those_due()
@@ -728,13 +737,19 @@ class Coordinator:
         if batch is not None:
             finished, phase = worker.slot.progress(batch.id)
             finished = min(finished, len(batch))
+            spoilt = worker.loaded == batch.id and not worker.slot.tells_of(batch.id)
+            if spoilt:
+                worker.note = worker.note or f"{obituary.cause}, and its memory was overwritten"
             if worker.note and len(batch) == 1:
                 finished, phase = 0, Phase.RUNNING  # it has done that, whatever it has put on record
+            elif spoilt:  # any of them may have run, and none must run twice
+                finished, phase = len(batch), Phase.RUNNING
+                lost = [batch.owner(position) for position in range(finished)]
             if batch.mode is Mode.VALUE:
                 with contextlib.suppress(Exception):
                     item = worker.slot.mem.value_copy()
             try:
-                record = worker.slot.outcomes(finished, len(batch))
+                record = Record() if lost else worker.slot.outcomes(finished, len(batch))
             except RecordError as error:
                 worker.note = f"left a record that makes no sense: {error}"
                 lost = [batch.owner(position) for position in range(finished)]
@@ -835,12 +850,12 @@ class Coordinator:
     # -- the end
 
     def _end_error(self) -> BaseException:
-        return self.broken if self.broken is not None else PoolError(self._reason)
+        return self.broken if self.broken is not None else PoolTerminatedError(self._reason)
 
     def _finish(self) -> None:
         """End all processes, fail what is left, give everything back. The last thing that happens."""
         with self._lock:
-            self._terminating = True
+            self._terminating = self._ending = True
         self._starts.end()
         self._end_processes()
         error = self._end_error()

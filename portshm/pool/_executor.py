@@ -48,7 +48,7 @@ class _CallFuture(Future[Any]):
 class _Call(Job):
     """One submitted call, which settles its future."""
 
-    __slots__ = ("_begun", "_engine", "_on_crash", "future")
+    __slots__ = ("_engine", "_on_crash", "begun", "future")
 
     def __init__(self, engine: Coordinator, call: tuple[Any, tuple[Any, ...], dict[str, Any]], face: Any) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ class _Call(Job):
         self._on_crash = face._on_crash
         self._engine = engine
         self.call = call
-        self._begun = False
+        self.begun = False
         self.future = _CallFuture()
 
     def begin(self) -> bool:
         # Once: what is put back after a crash is running already in its caller's eyes.
-        if not self._begun:
-            self._begun = self.future.set_running_or_notify_cancel()
-        return self._begun
+        if not self.begun:
+            self.begun = self.future.set_running_or_notify_cancel()
+        return self.begun
 
     def unpicklable(self, value: str, reason: BaseException) -> BaseException:
         return reason
@@ -137,7 +137,10 @@ class ProcessPoolExecutor(Executor):
         self._max_workers = default_processes() if max_workers is None else max_workers
         if self._max_workers <= 0:
             raise ValueError("max_workers must be greater than 0")
-        check_options(self._max_workers, task_timeout, retries, on_crash)
+        check_options(
+            self._max_workers, task_timeout=task_timeout, retries=retries, on_crash=on_crash,
+            start_timeout=start_timeout, max_shared_bytes=max_shared_bytes,
+        )  # fmt: skip
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
         if max_tasks_per_child is not None and not isinstance(max_tasks_per_child, int):

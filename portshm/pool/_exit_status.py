@@ -16,6 +16,7 @@ __all__ = [
     "interrupts_blocked",
     "interrupts_deferred",
     "is_interrupt",
+    "killed_at_hangup",
     "oom_kills",
     "unblock_interrupts",
 ]
@@ -95,14 +96,19 @@ def _counter_files() -> list[str]:
 
 
 @contextlib.contextmanager
-def interrupts_blocked() -> Iterator[None]:
+def interrupts_blocked(*, tracked: bool) -> Iterator[None]:
     """Have a Ctrl-C wait, here and in a child started meanwhile, which would print a traceback before it has a handler.
 
     The child inherits the mask and calls `unblock_interrupts`. Not so under forkserver, whose children are not ours.
+    `tracked`: the start method is one that starts the standard library's resource tracker, if there is none yet.
     """
     if sys.platform == "win32":
         yield
         return
+    if tracked:
+        from multiprocessing import resource_tracker  # not on Windows
+
+        resource_tracker.ensure_running()  # now, because its start unblocks interrupts (CPython 3.8 to 3.13)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -137,6 +143,33 @@ def is_interrupt(error: BaseException) -> bool:
     There the two cannot be told apart, and to take no heed of a Ctrl-C would be worse.
     """
     return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+
+
+def killed_at_hangup(descriptor: int) -> int | None:
+    """Have the kernel kill this process when the last writer of a pipe is gone; a descriptor to be kept, or None.
+
+    Linux only. A thread that waits for the pipe's end needs the interpreter, which a task may hold for minutes in some
+    C code, and a process that is stopped runs no thread. PR_SET_PDEATHSIG would be about the thread that forked us
+    (prctl(2)), which may end earlier than its process.
+    """
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    try:
+        # An open of its own: whom to tell is a property of the open file (fcntl(2), F_SETOWN), and all workers inherit
+        # the same one.
+        own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # no /proc
+        return None
+    try:
+        fcntl.fcntl(own, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(own, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
+    except OSError:
+        os.close(own)
+        return None
+    return own
 
 
 def unblock_interrupts() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import numbers
+import operator
 import os
 import threading
 import warnings
@@ -41,18 +43,33 @@ def default_processes() -> int:
     return min(count, MAX_WORKERS or count)
 
 
-def check_options(processes: int, task_timeout: float | None, retries: int, on_crash: str) -> None:
-    """ValueError for what no pool can be made with."""
+def check_options(
+    processes: int, *, task_timeout: float | None, retries: int, on_crash: str, start_timeout: float,
+    max_shared_bytes: int | None,
+) -> None:  # fmt: skip
+    """ValueError or TypeError for what no pool can be made with."""
     if processes < 1:
         raise ValueError("Number of processes must be at least 1")
     if MAX_WORKERS is not None and processes > MAX_WORKERS:
         raise ValueError(f"{processes} processes: this system can wait for at most {MAX_WORKERS}")
-    if task_timeout is not None and not task_timeout > 0:
-        raise ValueError(f"task_timeout must be positive seconds or None, not {task_timeout!r}")
-    if retries < 0:
+    check_timeout("task_timeout", task_timeout)
+    check_timeout("start_timeout", start_timeout)
+    if operator.index(retries) < 0:
         raise ValueError(f"retries must be 0 or more, not {retries!r}")
+    if max_shared_bytes is not None and operator.index(max_shared_bytes) < 1:
+        raise ValueError(f"max_shared_bytes must be positive or None, not {max_shared_bytes!r}")
     if on_crash not in ("raise", "return"):
         raise ValueError(f"on_crash must be 'raise' or 'return', not {on_crash!r}")
+
+
+def check_timeout(name: str, seconds: float | None) -> None:
+    """TypeError or ValueError if it is no time limit."""
+    if seconds is None:
+        return
+    if not isinstance(seconds, numbers.Real):
+        raise TypeError(f"{name} must be seconds or None, not {seconds!r}")
+    if not seconds > 0:
+        raise ValueError(f"{name} must be positive seconds or None, not {seconds!r}")
 
 
 class Pool:
@@ -91,7 +108,10 @@ class Pool:
         self._state = _INIT
         self._ctx = context or multiprocessing.get_context()
         self._processes = default_processes() if processes is None else processes
-        check_options(self._processes, task_timeout, retries, on_crash)
+        check_options(
+            self._processes, task_timeout=task_timeout, retries=retries, on_crash=on_crash,
+            start_timeout=start_timeout, max_shared_bytes=max_shared_bytes,
+        )  # fmt: skip
         if maxtasksperchild is not None and (not isinstance(maxtasksperchild, int) or maxtasksperchild <= 0):
             raise ValueError("maxtasksperchild must be a positive int or None")
         if initializer is not None and not callable(initializer):
@@ -145,7 +165,7 @@ class Pool:
             raise ValueError("Pool not running")
         result = AsyncResult(
             func, args if type(args) is tuple else tuple(args), _NO_KEYWORDS if kwds is None else kwds, self._engine,
-            callback, error_callback, self._on_crash, self._timeout if timeout is None else timeout, self._retries,
+            callback, error_callback, self._on_crash, self._limit(timeout), self._retries,
         )  # fmt: skip
         result.keeps = self
         return result
@@ -234,12 +254,19 @@ class Pool:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
         result = MapResult(
             func, mode, self._engine, len(items), callback, error_callback, self._on_crash,
-            self._timeout if timeout is None else timeout, self._retries, self,
+            self._limit(timeout), self._retries, self,
         )  # fmt: skip
         if items:
             with submission(self._engine, result):
                 self._engine.submit(Chunk(result, 0, items, self._unit(len(items), chunksize)))
         return result
+
+    def _limit(self, timeout: float | None) -> float | None:
+        """Seconds for each element of a call, which may bring its own limit."""
+        if timeout is None:
+            return self._timeout
+        check_timeout("timeout", timeout)
+        return timeout
 
     def _unit(self, length: int, chunksize: int | None) -> int:
         if chunksize is not None:
@@ -264,10 +291,7 @@ class Pool:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
         if buffersize is not None and buffersize < 1:
             raise ValueError(f"buffersize must be 1+ or None, not {buffersize!r}")
-        job = kind(
-            func, mode, self._engine, self._on_crash, self._timeout if timeout is None else timeout, self._retries,
-            buffersize,
-        )  # fmt: skip
+        job = kind(func, mode, self._engine, self._on_crash, self._limit(timeout), self._retries, buffersize)
         results = IMapIterator(job, self)
         feed(self._engine, job, iterable, chunksize)
         return results

@@ -73,6 +73,8 @@ class Job:
     mode: Mode = Mode.CALLS
     # Whether `begin` has to be asked: single calls of a pool cannot be cancelled.
     cancellable = True
+    # Whether its caller was told that it is running, and so that it cannot be cancelled any more.
+    begun = False
 
     def __init__(self) -> None:
         self.timeout: float | None = None  # seconds per element
@@ -287,10 +289,7 @@ class Scheduler:
         entries = [entry for entry in self._queue if isinstance(entry, Job) or len(entry)]
         self._queue.clear()
         self._queue.extend(entries)
-        self._special = self._extra = 0
-        for entry in entries:
-            if isinstance(entry, Chunk) or entry.timeout is not None:
-                self._note(entry, 1)
+        self._note_all()
 
     def assign_idle(self) -> SlotState | None:
         """Give an idle slot a batch, if there are both."""
@@ -401,17 +400,27 @@ class Scheduler:
         self._idle.append(slot)
         return False
 
-    def drop_queue(self, keep: int = 0) -> list[Job | Chunk]:
-        """Take everything out of the queue that has not been sent, but the first `keep` if those are calls."""
-        kept = list(itertools.takewhile(lambda entry: isinstance(entry, Job), itertools.islice(self._queue, keep)))
-        dropped = [*self._retry, *self._alone, *itertools.islice(self._queue, len(kept), None)]
+    def drop_queue(self) -> list[Job | Chunk]:
+        """Take everything out of the queue, and so all that has not been sent."""
+        dropped = [*self._retry, *self._alone, *self._queue]
         self._retry.clear()
         self._alone.clear()
         self._queue.clear()
-        self._extra = 0
-        self._queue.extend(kept)
-        self._special = sum(entry.timeout is not None for entry in kept if isinstance(entry, Job))
+        self._special = self._extra = 0
         return dropped
+
+    def cancel_queue(self, keep: int = 0) -> list[Job | Chunk]:
+        """As `drop_queue`, but for the first `keep` entries, if those are calls, and calls that were put back."""
+        first = set(itertools.takewhile(lambda entry: isinstance(entry, Job), itertools.islice(self._queue, keep)))
+        cancelled: list[Job | Chunk] = []
+        for queue in (self._retry, self._alone, self._queue):
+            entries = list(queue)
+            queue.clear()
+            for entry in entries:
+                stays = isinstance(entry, Job) and (entry in first or entry.begun)
+                (queue if stays else cancelled).append(entry)
+        self._note_all()
+        return cancelled
 
     # -- decisions
 
@@ -524,6 +533,12 @@ class Scheduler:
         self._special += sign
         if isinstance(entry, Chunk):
             self._extra += sign * (len(entry) - 1)
+
+    def _note_all(self) -> None:
+        self._special = self._extra = 0
+        for entry in self._queue:
+            if isinstance(entry, Chunk) or entry.timeout is not None:
+                self._note(entry, 1)
 
     def _limit(self, pace: float | None, weight: int) -> int:
         """Elements for one batch: about a millisecond of work, and towards the end a fair share of what is left."""

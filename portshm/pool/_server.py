@@ -21,13 +21,14 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from .._backends import fill_region, private_view
 from .._region import RegionAddress
 from .._shared_mem import SharedMem
 from ..errors import HeaderError, RegionFullError
-from ._exit_status import unblock_interrupts
+from ._exit_status import killed_at_hangup, unblock_interrupts
 from ._messages import Done, Forget, Grant, Message, Move, Need, Ready, Released, Run, StartFailed, Stop
 from ._pipe import PipeEnd, keep_from_children
 from ._slot import (
@@ -83,6 +84,7 @@ def serve(args: ServeArgs) -> None:
     # where Process keeps the flag, 3.3 to 3.15. The parent's side still sees a daemon and ends it at its exit.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     _ignore_interrupts()
+    killed_at_hangup(args.life.fileno())  # first, for the thread sees what happened before
     threading.Thread(target=_leave_with_parent, args=(args.life,), name="portshm-watch", daemon=True).start()
     try:
         try:
@@ -128,8 +130,12 @@ def _ignore_interrupts() -> None:
     # Ctrl-C goes to the whole process group. The parent decides what becomes of the workers. A handler rather
     # than SIG_IGN, which programs started by tasks would inherit.
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, lambda signum, frame: None)
+        signal.signal(signal.SIGINT, _ignore_interrupt)
         unblock_interrupts()  # the parent has blocked them for as long as there was no handler
+
+
+def _ignore_interrupt(signum: int, frame: FrameType | None) -> None:
+    pass
 
 
 def _leave_with_parent(life: AnyConnection) -> None:
@@ -165,6 +171,19 @@ class _Server:
         self._functions: dict[int, Callable[..., Any]] = {}
         # Ids of regions whose last view has died here. Filled by finalizers, in whatever thread.
         self._released: deque[int] = deque()
+        self._executing = False  # an element, which an interrupt ends
+        if signal.getsignal(signal.SIGINT) is _ignore_interrupt:  # the initializer has not set another handler
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        """Ctrl-C: a KeyboardInterrupt of the element that is executing, and of nothing else.
+
+        So whoever waits for it in the parent, as many do after they have caught their own, need not wait long.
+        """
+        # Not where `run_packed` itself is at work, whose books would be wrong. What it calls are quick things.
+        if self._executing and frame is not None and frame.f_code is not RecordWriter.run_packed.__code__:
+            self._executing = False
+            raise KeyboardInterrupt
 
     def run(self) -> None:
         while True:
@@ -268,8 +287,11 @@ class _Server:
         patience = slot.patience[0]
         until = began + patience if patience else math.inf
         while writer.done < elements and moment < until:
-            entry = self._next_entry(writer, call, items, until)
-            if entry is not None:
+            try:
+                entry = self._next_entry(writer, call, items, until)
+            except KeyboardInterrupt as error:  # it came when the element had just ended with another error
+                entry = Entry.ERROR, _dump(RemoteError.of(error))
+            if entry is not None and writer.done < elements:
                 self._record(writer, *entry)
             slot.started[0] = moment = now()
         return writer.done
@@ -279,13 +301,15 @@ class _Server:
     ) -> tuple[Entry, bytes | Parcel] | None:
         """Compute the next result; None if it and others after it have gone on record as plain numbers."""
         try:
-            value = call(next(items))
+            item = next(items)
+            self._executing = True
+            value = call(item)
             if not writer.done and type(value) in _NUMBERS:
                 value = writer.run_packed(call, items, value, until)
-                if value is NOTHING:
-                    return None
-            return self._encode(value)
+            self._executing = False
+            return None if value is NOTHING else self._encode(value)
         except BaseException as error:
+            self._executing = False
             return Entry.ERROR, _dump(RemoteError.of(error))
 
     def _encode(self, value: Any) -> tuple[Entry, bytes | Parcel]:

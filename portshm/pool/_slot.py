@@ -218,6 +218,10 @@ class Slot:
             return 0, Phase.SENT
         return self._finished(), Phase(phase)
 
+    def tells_of(self, batch: int) -> bool:
+        """Whether the memory still says which batch it has, and how far that is; a task may have overwritten it."""
+        return self.batch[0] == batch and self.phase[0] in _PHASES
+
     def _finished(self) -> int:
         elements, start = self.elements[0], self.record[0]
         count = max(0, min(self.count[0], elements))
@@ -264,6 +268,7 @@ class Slot:
 
 
 _ENTRIES: Final = {int(kind): kind for kind in Entry}
+_PHASES: Final = frozenset(int(phase) for phase in Phase)
 
 
 class RecordWriter:

@@ -87,6 +87,8 @@ class Worker:
         self._ears: Any = None
         self.stopped = False  # it was asked to leave
         self.timed_out = False  # it was killed for a deadline
+        self.loaded = 0  # the batch that was put into the memory last
+        self.loaded_at = 0.0
         self.kill_at: float | None = None  # when it is to be killed unless it has ended by itself
         self.note = ""  # what it did wrong, where the exit code does not tell
         self.start_error = ""
@@ -110,7 +112,7 @@ class Worker:
         process.daemon = True
         self._oom_kills = oom_kills()
         try:
-            with interrupts_blocked():
+            with interrupts_blocked(tracked=settings.context.get_start_method(allow_none=False) != "fork"):
                 process.start()
         except BaseException:
             self.pipe.close()
@@ -170,6 +172,7 @@ class Worker:
             with contextlib.suppress(OSError):  # the process is gone, which `Run` will show
                 self.send(Move(str(self.slot.mem.address)))
         self.slot.prepare(batch, elements, payload, head, patience)
+        self.loaded, self.loaded_at = batch, time.monotonic()
 
     def stop(self) -> None:
         """Ask the process to leave when it is done; it may be gone already."""

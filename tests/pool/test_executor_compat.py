@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures.process import _RemoteTraceback  # type: ignore[attr-defined]
+from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -179,6 +179,22 @@ def test_shutdown_that_cancels(executor: Any, tmp_path: Path) -> None:
     assert waiting[-1].cancelled()
     assert all(future.cancelled() or future.result(60) == number * number for number, future in enumerate(waiting))
     executor.shutdown()
+
+
+def test_shutdown_that_cancels_after_a_crash(ours: portshm.pool.ProcessPoolExecutor, tmp_path: Path) -> None:
+    """What the crash put back into the queue is running in its callers' eyes, and cannot be cancelled any more."""
+    for _ in range(50):
+        ours.submit(square, 1).result()  # the pace is known: calls travel together
+    gate = str(tmp_path / "gate")
+    running = ours.submit(opened, gate)
+    dying = ours.submit(os._exit, 1)
+    waiting = [ours.submit(square, number) for number in range(40)]
+    touch(gate)
+    assert running.result(60) == "open"
+    assert isinstance(dying.exception(60), BrokenProcessPool)
+    ours.shutdown(cancel_futures=True)
+    assert all(future.done() for future in waiting)
+    assert all(future.cancelled() or future.result() == number * number for number, future in enumerate(waiting))
 
 
 def test_a_map_that_nobody_looks_at_is_executed(executor: Any, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from portshm import PoolError, TransportError, WorkerCrashed, WorkerStartError
-from portshm.pool import Pool, ProcessPoolExecutor
+from portshm import PoolError, TaskTimeoutError, TransportError, WorkerCrashed, WorkerStartError
+from portshm.pool import Pool, ProcessPoolExecutor, _coordinator
 from portshm.pool._worker import Worker
 from tests import tasks
 from tests.children import environment
@@ -228,6 +228,54 @@ def test_a_task_that_writes_garbage_to_the_pipe(pool: Pool) -> None:
 def test_a_task_that_scribbles_over_its_memory(pool: Pool) -> None:
     with pytest.raises(PoolError):
         pool.apply_async(tasks.scribble, (b"\xff",)).get(60)
+
+
+def test_a_task_that_overwrites_its_memory_and_dies(pool: Pool, log: str) -> None:
+    with pytest.raises(WorkerCrashed) as caught:
+        pool.apply_async(tasks.wipe_if, (log, 1, 1, "exit")).get(60)
+    assert caught.value.cause == "exited with 1, and its memory was overwritten"
+    assert noted(log) == ["1"], "it ran once, though the memory does not say so any more"
+
+
+def test_an_element_that_overwrites_its_memory_and_dies_runs_nothing_twice(pool: Pool, log: str) -> None:
+    results = pool.starmap_async(tasks.wipe_if, [(log, number, 7, "exit") for number in range(20)], chunksize=20)
+    with pytest.raises(WorkerCrashed):
+        results.get(60)
+    assert set(tasks.counted(log).values()) == {1}
+
+
+def test_a_task_that_overwrites_its_memory_and_hangs(pool: Pool, log: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_coordinator, "_BEGUN_WITHIN", 0.1)
+    with pytest.raises(TaskTimeoutError):
+        pool.apply_async(tasks.wipe_if, (log, 1, 1, "hang"), timeout=0.2).get(60)
+    assert noted(log) == ["1"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="this platform cannot stop a process")
+def test_an_idle_worker_that_is_stopped_keeps_no_element_with_a_deadline(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_coordinator, "_BEGUN_WITHIN", 0.2)
+    pool = make_pool(2, task_timeout=2.0)
+    until(lambda: [stats.state for stats in pool.stats()] == ["idle", "idle"], "idle workers")
+    stopped = pool.stats()[0].pid
+    assert stopped is not None
+    os.kill(stopped, signal.SIGSTOP)
+    assert pool.map_async(inc, range(50)).get(60) == list(range(1, 51))
+
+
+def test_after_a_fault_of_the_coordinator_nobody_waits(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(2)
+
+    def fail() -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(pool._engine, "_turn", fail)
+    pool._engine.wake()
+    pool._engine._thread.join(60)
+    for _ in range(2):
+        with pytest.raises(PoolError, match="a fault of ours"):
+            pool.apply_async(inc, (1,)).get(60)
 
 
 def test_memory_that_is_spoilt_before_its_worker_has_attached(

@@ -345,6 +345,40 @@ def test_sigkill_of_the_coordinator(start_method: str, busy: str, remover: str, 
         program.stderr.close()
 
 
+STUCK = """
+import multiprocessing, sys, time
+from portshm.pool import Pool
+from tests import tasks
+from tests.pool.waiting import until
+if __name__ == "__main__":
+    method, task, log = sys.argv[1:]
+    pool = Pool(2, context=multiprocessing.get_context(method), backend="file")
+    for _ in range(2):
+        pool.apply_async(getattr(tasks, task), (log,))
+    until(lambda: len(tasks.noted(log)) == 2, "the tasks")
+    print(*[stats.pid for stats in pool.stats()], flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a worker needs its interpreter to notice")
+@pytest.mark.parametrize("task", ["hang_in_c", "stop_self"])
+def test_sigkill_of_the_coordinator_of_workers_that_are_stuck(start_method: str, task: str, short_path: Path) -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", STUCK, start_method, task, str(short_path / "log")],
+        env={**environment(), "TMPDIR": str(short_path)}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with program:
+        assert program.stdout is not None
+        try:
+            workers = [int(pid) for pid in program.stdout.readline().split()]
+            assert len(workers) == 2
+            assert all(map(running, workers))
+        finally:
+            program.kill()
+        gone(workers, patience=10.0)
+
+
 INTERRUPTED = """
 import multiprocessing, sys
 from portshm.pool import Pool, ProcessPoolExecutor
@@ -406,6 +440,47 @@ def test_ctrl_c(start_method: str, face: str, log: str) -> None:
         assert err.count("Traceback (most recent call last)") == 1
         assert err.rstrip().endswith("KeyboardInterrupt")
         assert program.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
+    finally:
+        program.kill()
+        program.communicate()
+
+
+CAUGHT = """
+import multiprocessing, sys
+from portshm.pool import ProcessPoolExecutor
+from tests import tasks
+from tests.pool.waiting import until
+if __name__ == "__main__":
+    method, log = sys.argv[1:]
+    with ProcessPoolExecutor(2, multiprocessing.get_context(method)) as executor:
+        hung = [executor.submit(tasks.noted_hang, log) for _ in range(2)]
+        until(lambda: len(tasks.noted(log)) == 2, "the tasks")
+        try:
+            print("hung", flush=True)
+            hung[0].result()
+        except KeyboardInterrupt:
+            print("caught", flush=True)
+        print(executor.submit(tasks.inc, 1).result())
+    print(*[type(future.exception()).__name__ for future in hung])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="process groups")
+def test_ctrl_c_that_the_program_catches(start_method: str, log: str) -> None:
+    """What is executing is interrupted too, quietly, and the workers go on with what follows."""
+    program = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", CAUGHT, start_method, log],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert program.stdout is not None
+    try:
+        assert program.stdout.readline() == "hung\n"
+        workers = [int(line) for line in noted(log)]
+        os.killpg(program.pid, signal.SIGINT)
+        out, err = program.communicate(timeout=60)
+        assert out.split() == ["caught", "2", "KeyboardInterrupt", "KeyboardInterrupt"]
+        assert err == ""
+        gone(workers)
     finally:
         program.kill()
         program.communicate()

@@ -101,6 +101,36 @@ def test_pools_that_cannot_be_made(pool_type: Any, arguments: dict[str, Any], er
         pool_type(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"task_timeout": "2"}, TypeError, "task_timeout must be seconds or None, not '2'"),
+        ({"task_timeout": float("nan")}, ValueError, "task_timeout must be positive seconds or None, not nan"),
+        ({"retries": 1.5}, TypeError, "integer"),
+        ({"max_shared_bytes": -1}, ValueError, "max_shared_bytes must be positive or None, not -1"),
+    ],
+)
+@pytest.mark.parametrize("face", [portshm.pool.Pool, portshm.pool.ProcessPoolExecutor])
+def test_our_own_arguments(face: Any, arguments: dict[str, Any], error: Any, words: str) -> None:
+    with pytest.raises(error, match=words):
+        face(1, **arguments)
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), "2"])
+def test_time_limits_that_are_none(make: Callable[..., Any], timeout: Any) -> None:
+    pool = make(1)
+    if isinstance(pool, multiprocessing.pool.Pool):
+        pytest.skip("knows no limits")
+    calls = [pool.apply, pool.apply_async]
+    maps = [pool.map, pool.map_async, pool.starmap, pool.starmap_async, pool.imap, pool.imap_unordered]
+    for call in [lambda f=f: f(abs, (1,), timeout=timeout) for f in calls] + [
+        lambda f=f: f(abs, [1], timeout=timeout) for f in maps
+    ]:
+        with pytest.raises((ValueError, TypeError), match="timeout must be"):
+            call()
+    assert pool.apply(abs, (-1,), timeout=1e300) == 1
+
+
 def test_states_and_their_errors(make: Callable[..., Any]) -> None:
     pool = make(1)
     assert "state=RUN pool_size=1>" in repr(pool)

@@ -775,12 +775,12 @@ def test_nobody_wants_what_was_to_be_run_alone(scheduler: Scheduler, phase: Phas
     assert scheduler.idle
 
 
-def test_drop_queue_keeps_the_first_calls() -> None:
+def test_cancel_queue_keeps_the_first_calls() -> None:
     scheduler = ready()
     slot = scheduler.submit(Call(0))
     assert slot is not None
     for entry in [Call(1), Call(2, timeout=1.0), Call(3), Chunk(Map(), 0, [0, 1]), Call(4)]:
         scheduler.submit(entry)
-    assert len(scheduler.drop_queue(2)) == 3
+    assert len(scheduler.cancel_queue(2)) == 3
     assert drain(scheduler, slot) == [[0], [1], [2]]
     assert scheduler.idle
