@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     _let_stdout_print_any_path()
     args = _parser().parse_args(argv)
+    if sys.stdout is None:  # `>&-`
+        print("portshm: standard output is closed", file=sys.stderr)
+        return 2
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         status = run(args)
@@ -152,6 +155,8 @@ def _run_map(args: argparse.Namespace) -> int:
                 print(f"{result.path}\t{result.text}")
                 if result.saved is not None:
                     print(f"portshm: saved {result.saved}", file=sys.stderr)
+                if result.problem is not None:
+                    print(f"portshm: {result.problem}", file=sys.stderr)
                 progress.count(result)
     finally:
         progress.clear()

@@ -17,9 +17,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
 from typing import Any, Final, TextIO
 
-from .errors import PoolError, WorkerCrashed
+from .errors import TransportError, WorkerCrashed
 from .pool import IMapIterator, Pool
 
 __all__ = ["JobError", "MapJobResult", "Progress", "find_files", "load_function", "run_map"]
@@ -43,6 +44,7 @@ class MapJobResult:
     status: str  # "ok", "failed" or "crashed"
     text: str  # what is printed after the path
     saved: str | None = None  # where the crasher's bytes are
+    problem: str | None = None  # why they are nowhere
 
 
 def load_function(name: str) -> Callable[[memoryview], Any]:
@@ -54,13 +56,14 @@ def load_function(name: str) -> Callable[[memoryview], Any]:
         sys.path.insert(0, os.getcwd())  # as `python -m` has it; the installed script has not
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise JobError(f"module {module_name!r} cannot be imported: {type(error).__name__}: {error}") from error
     for attribute in attributes.split("."):
         try:
             found = getattr(found, attribute)
-        except AttributeError:
-            raise JobError(f"module {module_name!r} has no {attributes!r}") from None
+        except Exception as error:  # a module's `__getattr__` is its own code
+            known = "" if isinstance(error, AttributeError) else f": {type(error).__name__}: {error}"
+            raise JobError(f"module {module_name!r} has no {attributes!r}{known}") from None
     if not callable(found):
         raise JobError(f"{name} is of type {type(found).__name__} and cannot be called")
     try:
@@ -71,15 +74,22 @@ def load_function(name: str) -> Callable[[memoryview], Any]:
 
 
 def find_files(paths: Sequence[str]) -> list[str]:
-    """The files at `paths`, in their order; folders stand for all plain files below. JobError if one is not there."""
+    """The files at `paths`, in their order; folders stand for all plain files below. JobError if one is not there.
+
+    A folder that cannot be read stands for itself, to be told of in its place.
+    """
     files: list[str] = []
+
+    def unreadable(error: OSError) -> None:
+        files.append(error.filename)
+
     for path in paths:
         try:
             mode = os.stat(path).st_mode
         except OSError as error:
             raise JobError(f"{path}: {error.strerror}") from error
         if stat.S_ISDIR(mode):
-            for folder, folders, names in os.walk(path):
+            for folder, folders, names in os.walk(path, onerror=unreadable):
                 folders.sort()
                 files += (file for name in sorted(names) if os.path.isfile(file := os.path.join(folder, name)))
         else:
@@ -116,14 +126,27 @@ def run_map(
 
 def _next_result(results: IMapIterator, path: str, crashers: str) -> MapJobResult:
     try:
-        return MapJobResult(path, "ok", repr(next(results)))
+        return MapJobResult(path, "ok", _one_line(repr, next(results)))
     except WorkerCrashed as crash:
-        return MapJobResult(path, "crashed", f"CRASHED {crash.cause}", _save(crash.item, crashers))
-    except PoolError:
-        raise
+        text = f"CRASHED {crash.cause}"
+        try:
+            return MapJobResult(path, "crashed", text, _save(crash.item, crashers))
+        except OSError as error:
+            problem = f"the bytes of {path} were not saved: {error.filename}: {error.strerror}"
+            return MapJobResult(path, "crashed", text, problem=problem)
+    except BaseException as error:
+        # What came out of the worker is about this file, SystemExit and the like too. The rest is about us.
+        if not isinstance(error.__cause__, RemoteTraceback) and not isinstance(error, TransportError):
+            raise
+        return MapJobResult(path, "failed", f"ERROR {type(error).__name__}: {_one_line(str, error)}")
+
+
+def _one_line(text_of: Callable[[Any], str], obj: Any) -> str:
+    """The object's text, which is its own code, as one line."""
+    try:
+        return " ".join(line.strip() for line in text_of(obj).splitlines())
     except Exception as error:
-        # One line per file, whatever the exception has to say.
-        return MapJobResult(path, "failed", f"ERROR {type(error).__name__}: {' '.join(str(error).split())}")
+        return f"<{type(obj).__name__} whose {text_of.__name__} raised {type(error).__name__}>"
 
 
 def _save(data: bytes, folder: str) -> str:

@@ -8,6 +8,40 @@ import signal
 import time
 from pathlib import Path
 
+from portshm import PoolError
+
+
+class BadText(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+class NeedsTwo(Exception):
+    def __init__(self, one: object, two: object) -> None:
+        super().__init__(one)
+
+
+class TwoLines:
+    def __repr__(self) -> str:
+        return "one,\n  two"
+
+
+ODD: dict[bytes, BaseException] = {
+    b"exit": SystemExit(3),
+    b"interrupt": KeyboardInterrupt(),
+    b"generator": GeneratorExit(),
+    b"pool": PoolError("not the pool's own"),
+    b"text": BadText(),
+    b"rebuild": NeedsTwo(1, 2),
+}
+
+
+def raise_odd(data: memoryview) -> TwoLines:
+    """Raise what the bytes say, of the errors that are no plain ones; or return something with a strange repr."""
+    if (error := ODD.get(bytes(data))) is not None:
+        raise error
+    return TwoLines()
+
 
 def act(value: memoryview) -> object:
     word, _, rest = bytes(value[:200]).partition(b" ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -124,6 +125,45 @@ def test_the_memory_grows_with_the_values(tmp_path: Path) -> None:
     done = run_map_command("zlib:adler32", *paths, "-j", 2)
     assert printed(done) == [(str(path), str(zlib.adler32(path.read_bytes()))) for path in paths]
     assert done.returncode == 0
+
+
+def test_whatever_a_file_makes_the_function_raise_is_its_own_error(tmp_path: Path) -> None:
+    write(tmp_path, a="exit", b="interrupt", c="generator", d="pool", e="text", f="rebuild", g="fine")
+    done = run_map_command("tests.map_functions:raise_odd", tmp_path, "-j", 2)
+    assert [text for _, text in printed(done)][:5] == [
+        "ERROR SystemExit: 3",
+        "ERROR KeyboardInterrupt: ",
+        "ERROR GeneratorExit: ",
+        "ERROR PoolError: not the pool's own",
+        "ERROR BadText: <BadText whose str raised ValueError>",
+    ]
+    assert printed(done)[5][1].startswith("ERROR TransportError: the task raised NeedsTwo")
+    assert printed(done)[6][1] == "one, two"
+    assert summary(done) == "1 ok, 6 failed, 0 crashed"
+    assert done.returncode == 1
+
+
+def test_crashers_that_cannot_be_saved_are_told_of_all_the_same(tmp_path: Path) -> None:
+    no_folder, *_ = write(tmp_path, a="exit 1", b="fine")
+    done = run_map_command(ACT, tmp_path, "-j", 2, "--crashers", no_folder)
+    assert [text for _, text in printed(done)] == ["CRASHED exited with 1", "(4, 'memoryview')"]
+    assert "were not saved" in done.stderr
+    assert summary(done) == "1 ok, 0 failed, 1 crashed"
+
+
+def test_a_folder_that_cannot_be_read_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = tmp_path / "b"
+    closed.mkdir()
+    first, last = write(tmp_path, a="1", c="2")
+    scan = os.scandir
+
+    def refused(path: str) -> Any:  # root may read everything
+        if path == str(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert sorted(find_files([str(tmp_path)])) == sorted(map(str, [first, closed, last]))
 
 
 def test_a_large_crasher_is_saved_whole(tmp_path: Path) -> None:
