@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import weakref
 from typing import Any, NamedTuple
 
@@ -41,6 +42,8 @@ def locate(buffer: memoryview) -> Located | None:
     for mapping, entry in list(_mappings.items()):
         base = _start_of(mapping)
         if base and base <= start and start + buffer.nbytes <= base + len(mapping):
+            if entry.keeper is None and not os.path.exists(entry.address.removeprefix("file:")):
+                return None  # unlinked: nobody else can map it any more
             return Located(entry.address, start - base, buffer.nbytes, entry.keeper)
     return None
 

@@ -73,14 +73,13 @@ class Delivery:
             return False, failure
 
     def _fetch(self, worker: Worker, reference: Reference) -> Any:
-        """A large result; its buffers stay where they are, for as long as the user keeps them."""
+        """A large result; its buffers stay where they are for as long as the user keeps them, if that is worth it."""
         stored = self._granted(worker, reference)
         try:
             parcel = read_parcel(stored.view)
             if not parcel.views:
                 return unpack(parcel)
-            self._store.add_user(stored.id)
-            return unpack(read_parcel(self._store.lease(stored)))
+            return unpack(read_parcel(self._store.lease(stored, max(0, min(reference.size, stored.size)))))
         finally:
             self._store.release(stored.id)
 

@@ -17,6 +17,7 @@ from .._backends import Backend, announce, attach_region, create_region, room
 from .._region import Region
 from ..errors import RegionClosedError, RegionFullError
 from ._exit_status import interrupts_deferred
+from ._transport import WORTH_A_MAPPING
 
 __all__ = ["RegionStore", "StoreFullError", "StoredRegion"]
 
@@ -25,6 +26,11 @@ _SMALLEST: Final = 1 << 16
 # Free regions are kept for the next payload up to this many bytes, and no more than a quarter of what the system
 # has left; beyond that the largest are given back. Making a region anew costs more than the copy into it.
 _KEEP_FREE: Final = 1 << 30
+_MOST_FREE: Final = 64  # each has a descriptor
+
+# Results that lie in shared memory under the user's views at the same time: each has one descriptor or two, of which a
+# process may have 1024 by default.
+_MOST_LEASES: Final = 256
 
 
 class StoreFullError(RegionFullError):
@@ -66,6 +72,7 @@ class RegionStore:
         # may run anywhere, also in a thread that holds the lock, so they take none.
         self._returned: deque[int | weakref.ref[Any]] = deque()
         self._leases: dict[weakref.ref[Any], int] = {}  # of mappings under views of the user's
+        self._leased_bytes = 0
         self._bytes = 0
         self._closed = False
 
@@ -137,13 +144,24 @@ class RegionStore:
         self._returned.append(id)
 
     @interrupts_deferred()
-    def lease(self, stored: StoredRegion) -> memoryview:
-        """A mapping of its own for the views of one result; the user is released when the mapping is deallocated."""
-        view = attach_region(stored.region.address).view()
-        announce(view, stored.address, self)
-        # A weak reference whose callback is C code: a Ctrl-C inside weakref.finalize's Python would be swallowed there.
-        self._leases[weakref.ref(view.obj, self._returned.append)] = stored.id
-        return view
+    def lease(self, stored: StoredRegion, size: int) -> memoryview:
+        """The first `size` bytes of a result for the views that the user gets: in place, or a copy where that is wiser.
+
+        In place it is a mapping of its own, and the region has one user more until that is deallocated.
+        """
+        with self._lock:
+            self._collect()
+            room = self._limit is None or self._leased_bytes + stored.size <= self._limit // 2  # the rest is for others
+            if size < WORTH_A_MAPPING or len(self._leases) >= _MOST_LEASES or not room:
+                return memoryview(bytearray(stored.view[:size]))
+            view = attach_region(stored.region.address).view()
+            announce(view, stored.address, self)
+            # A weak reference whose callback is C code: a Ctrl-C inside weakref.finalize's Python would be swallowed
+            # there.
+            self._leases[weakref.ref(view.obj, self._returned.append)] = stored.id
+            self._leased_bytes += stored.size
+            self._regions[stored.id].users += 1
+            return view
 
     def close(self) -> None:
         """Give all regions back to the system. Views that user code holds stay valid."""
@@ -162,10 +180,14 @@ class RegionStore:
             id = returned if isinstance(returned, int) else self._leases.pop(returned)
             stored = self._regions.get(id)
             if stored is not None:
+                if returned is not id:
+                    self._leased_bytes -= stored.size
                 stored.users -= 1
                 if stored.users == 0:
                     del self._regions[stored.id]
                     self._free.append(stored)
+        while len(self._free) > _MOST_FREE:
+            self._drop_free(1)
         free = sum(stored.size for stored in self._free)
         if free > _SMALLEST and free > (keep := min(_KEEP_FREE, (room(self._backend) + free) // 4)):
             self._drop_free(free - keep)

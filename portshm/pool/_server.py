@@ -44,7 +44,7 @@ from ._slot import (
     aligned,
     safe_repr,
 )
-from ._transport import Parcel, Place, pack_small, read_parcel, unpack, unpack_batch
+from ._transport import WORTH_A_MAPPING, Parcel, Place, pack_small, read_parcel, unpack, unpack_batch
 
 if TYPE_CHECKING:
     from ._pipe import AnyConnection
@@ -61,6 +61,9 @@ PIPE_CLOSED: Final = 71
 _MEMORY_SPOILT: Final = 72
 
 _NUMBERS: Final = frozenset((int, float))
+
+# Arguments that lie in mappings of their own at the same time: a mapping has a descriptor (before CPython 3.13).
+_MOST_MAPPINGS: Final = 256
 
 
 class ServeArgs(NamedTuple):
@@ -171,6 +174,7 @@ class _Server:
         self._functions: dict[int, Callable[..., Any]] = {}
         # Ids of regions whose last view has died here. Filled by finalizers, in whatever thread.
         self._released: deque[int] = deque()
+        self._mappings: weakref.WeakSet[Any] = weakref.WeakSet()  # under arguments that are still there
         self._executing = False  # an element, which an interrupt ends
         if signal.getsignal(signal.SIGINT) is _ignore_interrupt:  # the initializer has not set another handler
             signal.signal(signal.SIGINT, self._interrupt)
@@ -263,14 +267,19 @@ class _Server:
         return read_parcel(self._private_view(id, address), self._visit)
 
     def _visit(self, place: Place) -> memoryview:
-        return self._private_view(place.region, place.address)[place.offset : place.offset + place.length]
+        return self._private_view(place.region, place.address, place.offset, place.length)
 
-    def _private_view(self, id: int, address: str) -> memoryview:
-        view = private_view(RegionAddress.parse(address))
+    def _private_view(self, id: int, address: str, start: int = 0, length: int | None = None) -> memoryview:
+        whole = private_view(RegionAddress.parse(address))
+        view = whole[start:] if length is None else whole[start : start + length]
+        if view.nbytes < WORTH_A_MAPPING or len(self._mappings) >= _MOST_MAPPINGS:
+            view = memoryview(bytearray(view))  # user code may keep it, and many of them
         if isinstance(view.obj, bytearray):
-            self._released.append(id)  # a copy already
-        elif id:
-            weakref.finalize(view.obj, self._released.append, id).atexit = False
+            self._released.append(id)
+        else:
+            self._mappings.add(view.obj)
+            if id:
+                weakref.finalize(view.obj, self._released.append, id).atexit = False
         return view
 
     def _take_released(self) -> str:

@@ -2,11 +2,11 @@
 
 A `Parcel` is a pickle stream and the buffers that it leaves out. Written into a region it is a table of lengths, the
 stream, and the buffers, each on a cache line. Read back, the stream is unpickled where it lies and the buffers
-become views of the region: one copy in, none out. numpy, arrow, pandas and `array` export their memory this way
-by themselves, so nothing of theirs is imported here.
+become views of the region: one copy in, none out. numpy, arrow and pandas export their memory this way by themselves,
+so nothing of theirs is imported here.
 
-`bytes` and `bytearray` do not: pickle copies them into the stream. Large ones near the top of the object are taken
-out by hand, through `persistent_id`, and are copied once on arrival, because a real `bytes` owns its memory.
+`bytes`, `bytearray` and `array` do not: pickle copies them into the stream. Large ones near the top of the object are
+taken out by hand, through `persistent_id`, and are copied once on arrival, because such an object owns its memory.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import itertools
 import pickle
 import struct
 import types
+from array import array
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
@@ -26,10 +27,24 @@ from .._backends import locate
 from ..errors import TransportError
 from ._large_bytes import copy_of
 
-__all__ = ["Parcel", "Place", "pack", "pack_batch", "pack_small", "read_parcel", "unpack", "unpack_batch"]
+__all__ = [
+    "WORTH_A_MAPPING",
+    "Parcel",
+    "Place",
+    "pack",
+    "pack_batch",
+    "pack_small",
+    "read_parcel",
+    "unpack",
+    "unpack_batch",
+]
 
 # Below this a buffer is cheaper in the stream than as a view of its own.
 OUT_OF_BAND: Final = 1 << 15
+
+# Buffers that somebody may keep stay in the shared memory that they came in if it is worth a mapping of its own. Below
+# this many bytes a copy costs next to nothing, and what it came in is free again, with its descriptors.
+WORTH_A_MAPPING: Final = 1 << 20
 
 _ALIGN: Final = 64
 _COUNT: Final = struct.Struct("<Q")
@@ -39,6 +54,9 @@ _ONE_BY_ONE: Final = bytes(8)
 
 # Besides plain values these cannot be changed by who gets them: they are pickled by name.
 _FIXED: Final = frozenset((types.FunctionType, types.BuiltinFunctionType, type))
+
+# Types whose objects own their memory, and that pickle copies into the stream.
+_OWN_MEMORY: Final = frozenset((bytes, bytearray, array))
 
 # How many items of one container are looked at for large bytes.
 _LOOK_AT: Final = 32
@@ -55,30 +73,39 @@ class _Pickler(pickle.Pickler):
 
 
 class _BytesPickler(_Pickler):
-    """Takes large bytes and bytearrays out of the stream."""
+    """Takes large bytes, bytearrays and arrays out of the stream."""
 
     large: list[memoryview]
     known: dict[int, int]  # id of the object -> index; pickle's own memo is not asked for these
 
-    def persistent_id(self, obj: Any) -> tuple[int, bool] | None:
-        if (type(obj) is bytes or type(obj) is bytearray) and len(obj) >= OUT_OF_BAND:
+    def persistent_id(self, obj: Any) -> tuple[int, str] | None:
+        kind = type(obj)
+        if kind in _OWN_MEMORY and _is_large(obj):
             # An id stays its object's: the view keeps the object alive.
             index = self.known.setdefault(id(obj), len(self.large))
             if index == len(self.large):
-                self.large.append(memoryview(obj))
-            return index, type(obj) is bytearray
+                self.large.append(memoryview(obj).cast("B"))
+            return index, obj.typecode if kind is array else kind.__name__
         return None
 
 
 class _Unpickler(pickle.Unpickler):
     large: list[memoryview]
-    loaded: dict[int, bytes | bytearray]  # what was one object is one object again
+    loaded: dict[int, Any]  # what was one object is one object again
 
-    def persistent_load(self, pid: tuple[int, bool]) -> bytes | bytearray:
-        index, mutable = pid
+    def persistent_load(self, pid: tuple[int, str]) -> Any:
+        index, kind = pid
         found = self.loaded.get(index)
         if found is None:
-            found = self.loaded[index] = bytearray(self.large[index]) if mutable else copy_of(self.large[index])
+            view = self.large[index]
+            if kind == "bytes":
+                found = copy_of(view)
+            elif kind == "bytearray":
+                found = bytearray(view)
+            else:
+                found = array(kind)
+                found.frombytes(view)
+            self.loaded[index] = found
         return found
 
 
@@ -256,11 +283,17 @@ def pack_small(obj: Any) -> bytes | Parcel:
     return bytes(parcel.stream) if parcel.plain else parcel
 
 
+def _is_large(obj: Any) -> bool:
+    if type(obj) is not array:
+        return len(obj) >= OUT_OF_BAND
+    return len(obj) * obj.itemsize >= OUT_OF_BAND and obj.typecode not in "uw"  # whose memory cannot be cast
+
+
 def _holds_large_bytes(obj: Any, depth: int) -> bool:
     """Whether there is a large bytes object near the top. Looks at no more than a few dozen places."""
     kind = type(obj)
-    if kind is bytes or kind is bytearray:
-        return len(obj) >= OUT_OF_BAND
+    if kind in _OWN_MEMORY:
+        return _is_large(obj)
     if kind is tuple or kind is list:
         items = obj if len(obj) <= _LOOK_AT else obj[:_LOOK_AT]
     elif kind is dict:

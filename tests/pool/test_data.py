@@ -17,8 +17,8 @@ import pytest
 
 from portshm import SharedMem
 from portshm.errors import WorkerCrashed
-from portshm.pool import Pool
-from tests.tasks import note, noted, same
+from portshm.pool import Pool, _regions
+from tests.tasks import note, noted, same, wait_for
 
 MakePool = Callable[..., Pool]
 
@@ -58,6 +58,15 @@ def zeros(size: int) -> PickleBuffer:
 
 def sent_back(data: Any) -> Any:
     return PickleBuffer(data) if isinstance(data, memoryview) else data
+
+
+KEPT: list[Any] = []
+
+
+def kept_and_open(data: Any) -> int:
+    """Keep it for good; how many descriptors this process has."""
+    KEPT.append(data)
+    return len(os.listdir("/proc/self/fd"))
 
 
 def length(data: Any) -> int:
@@ -231,6 +240,55 @@ def test_pending_arguments_stay_within_the_limit(make_pool: MakePool, how: str) 
             most = max(most, pool.shared_bytes)
             assert number == 5 * MB
     assert 0 < most - before <= LIMIT
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors")
+@pytest.mark.parametrize("size", [40_000, 2 * MB])
+def test_descriptors_stay_few_however_many_results_are_kept(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(_regions, "_MOST_LEASES", 20)
+    pool = make_pool(2)
+    kept = pool.map(zeros, [size] * 30)
+    before = len(os.listdir("/proc/self/fd"))
+    kept += pool.map(zeros, [size] * 100)
+    assert len(os.listdir("/proc/self/fd")) - before <= 40
+    assert all(len(view) == size for view in kept)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors")
+def test_descriptors_of_a_worker_stay_few_however_many_arguments_it_keeps(make_pool: MakePool) -> None:
+    pool = make_pool(1)
+    counts = [pool.apply(kept_and_open, (PickleBuffer(bytearray(40_000)),)) for _ in range(100)]
+    assert max(counts) - min(counts) <= 5
+
+
+def test_results_that_are_kept_stay_within_the_limit(make_pool: MakePool) -> None:
+    pool = make_pool(2, max_shared_bytes=LIMIT)
+    before = pool.shared_bytes
+    kept = pool.map(zeros, [4 * MB] * 30, chunksize=1)
+    assert pool.shared_bytes - before <= LIMIT + 2 * 5 * MB, "the limit, and what is on its way"
+    assert all(len(view) == 4 * MB for view in kept)
+    assert pool.map(length, [PickleBuffer(bytearray(4 * MB))] * 4) == [4 * MB] * 4
+
+
+@pytest.mark.parametrize("when", ["before", "while it waits"])
+def test_a_view_of_memory_that_has_been_unlinked(make_pool: MakePool, tmp_path: Path, when: str) -> None:
+    pool = make_pool(1)
+    gate = str(tmp_path / "gate")
+    mem = SharedMem.create(MB)
+    mem.set_value(b"x" * MB)
+    view = PickleBuffer(mem.value_ref())
+    if when == "while it waits":
+        pool.apply_async(wait_for, (gate,))
+    else:
+        mem.unlink()
+        mem.close()
+    result = pool.apply_async(ends, (view,))
+    mem.unlink()
+    mem.close()
+    Path(gate).touch()
+    assert result.get(60) == (memoryview, MB, 120, 120)
 
 
 def test_one_argument_beyond_the_limit_is_sent_all_the_same(make_pool: MakePool) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from portshm import RegionClosedError
 from portshm._backends import Backend
+from portshm.pool import _regions
 from portshm.pool._regions import RegionStore, StoreFullError
 
 MB = 1 << 20
@@ -70,8 +71,7 @@ def test_a_region_is_as_large_as_was_asked_for(store: RegionStore, size: int) ->
 def test_a_lease_keeps_its_region_from_being_used_again(store: RegionStore) -> None:
     stored = store.acquire(MB)
     stored.view[:5] = b"hello"
-    store.add_user(stored.id)
-    lease = store.lease(stored)
+    lease = store.lease(stored, MB)
     part = lease[1:4]
     del lease
     store.release(stored.id)
@@ -88,11 +88,57 @@ def test_a_lease_outlives_the_store(backend: Backend) -> None:
     store = RegionStore(backend, None)
     stored = store.acquire(MB)
     stored.view[:5] = b"hello"
-    lease = store.lease(stored)
+    lease = store.lease(stored, MB)
     store.close()
     assert lease[:5] == b"hello"
     lease[:5] = b"HELLO"
     assert lease[:5] == b"HELLO"
+
+
+def leased(store: RegionStore, size: int) -> tuple[memoryview, bool]:
+    """What a user would have of a result, and whether it lies in shared memory."""
+    stored = store.acquire(size, force=True)
+    view = store.lease(stored, size)
+    store.release(stored.id)
+    return view, not isinstance(view.obj, bytearray)
+
+
+def test_small_results_are_copied_out(store: RegionStore) -> None:
+    kept = [leased(store, MB - 1) for _ in range(20)]
+    assert not any(in_place for _, in_place in kept)
+    assert store.bytes < 2 * MB, "one region was enough"
+
+
+def test_many_results_are_copied_out(store: RegionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_regions, "_MOST_LEASES", 3)
+    kept = [leased(store, MB) for _ in range(6)]
+    assert [in_place for _, in_place in kept] == [True] * 3 + [False] * 3
+    del kept[0]
+    gc.collect()
+    assert leased(store, MB)[1], "one has gone"
+
+
+def test_leases_leave_half_of_the_limit_to_others(backend: Backend) -> None:
+    store = RegionStore(backend, 4 * MB)
+    try:
+        kept = [leased(store, MB) for _ in range(10)]
+        assert [in_place for _, in_place in kept] == [True] * 2 + [False] * 8
+        assert store.bytes <= 4 * MB
+        store.acquire(MB)
+        kept.clear()
+        gc.collect()
+        assert leased(store, MB)[1]
+    finally:
+        store.close()
+
+
+def test_few_free_regions_are_kept(store: RegionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_regions, "_MOST_FREE", 2)
+    for stored in [store.acquire(1) for _ in range(10)]:
+        store.release(stored.id)
+    store.release(store.acquire(1).id)
+    store.acquire(1)
+    assert len(store._free) <= 2
 
 
 def test_the_limit(backend: Backend) -> None:

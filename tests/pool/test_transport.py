@@ -52,6 +52,16 @@ VALUES: dict[str, Callable[[int], Any]] = {
 }
 
 
+@pytest.mark.parametrize("kind", ["bytes", "bytearray", "array", "nested", "dataclass", "many"])
+def test_large_memory_is_not_in_the_stream(kind: str) -> None:
+    assert len(pack(VALUES[kind](1 << 20)).stream) < 2000
+
+
+def test_arrays_whose_memory_cannot_be_cast() -> None:
+    value = array.array("u", "x" * OUT_OF_BAND)
+    assert through_memory(value) == value
+
+
 @pytest.mark.parametrize("size", [0, 1, 63, 64, OUT_OF_BAND - 1, OUT_OF_BAND, LARGE, 1 << 21])
 @pytest.mark.parametrize("kind", VALUES)
 def test_round_trip(kind: str, size: int) -> None:

@@ -229,7 +229,7 @@ def test_it_leaves_when_nobody_holds_its_life(context: BaseContext, backend: Bac
         assert pid is not None
         writer.close()
         print(f"gone after {gone([pid], 10.0):.3f} s, in the midst of a task")
-        assert worker.bury().exitcode == 70
+        assert worker.bury().exitcode in (70, -signal.SIGKILL), "by its own thread, or on Linux by the kernel"
     finally:
         worker.close()
         life.close()
