@@ -481,6 +481,10 @@ GO_FUZZ_HEADER: Final = HeaderCodec(
 
 def region_size(capacity: int, header: HeaderCodec = PORTSHM_HEADER) -> int:
     """Bytes that a region needs for its header and a value of `capacity` bytes."""
+    try:
+        capacity = operator.index(capacity)
+    except TypeError:
+        raise RegionSizeError(f"capacity {capacity!r}: expected an integer, of bytes") from None
     if capacity < 1:
         raise RegionSizeError(f"capacity {capacity}: a region holds at least 1 byte")
     size = header.size + capacity

@@ -60,6 +60,12 @@ class RegionAddress:
     kind: Literal["file", "shm"]
     name: str
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("file", "shm"):
+            raise RegionNameError(f"address of kind {self.kind!r}: expected 'file' or 'shm'")
+        if not self.name or "\0" in self.name or (self.kind == "shm" and "/" in self.name):
+            raise RegionNameError(f"{self.name!r} names no region of kind {self.kind!r}")
+
     def __str__(self) -> str:
         return f"{self.kind}:{self.name}"
 
@@ -93,7 +99,7 @@ def name_for(label: str) -> str:
     characters that not every file system keeps apart, become a BLAKE2 hash: never cut, which would make two
     labels one.
     """
-    if not label or label in (".", "..") or any(c in label for c in "/\\:\0"):
+    if not isinstance(label, str) or not label or label in (".", "..") or any(c in label for c in "/\\:\0"):
         raise RegionNameError(
             f"name {label!r}: expected a plain name without '/', '\\', ':' or NUL; folders go in dir="
         )

@@ -365,6 +365,7 @@ class SharedMem:
 
         Raises:
             RegionNotFoundError: the successor is gone too; ask the owner for its address.
+            RegionRefusedError: this is the owner, who has `resize` for that.
         """
         if address is None:
             if not self.superseded:
@@ -374,6 +375,8 @@ class SharedMem:
             target = RegionAddress.parse(address)
             if target == self.address:
                 return False
+            if self.owner:
+                raise RegionRefusedError(errno.EPERM, "an owner does not move on to another's memory", str(target))
         region = attach_region(target, readonly=self._readonly)
         try:
             self._codec.check(region.view())
@@ -422,8 +425,10 @@ class SharedMem:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.unlink()
-        self.close()
+        try:
+            self.unlink()
+        finally:
+            self.close()
 
     def __reduce__(self) -> Any:
         return _attach, (str(self.address), self._readonly, self._codec)

@@ -7,6 +7,7 @@ holder dies, by whatever death; the next holder learns of it by `LockedSharedMem
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ except ImportError as error:
 from ._backends import marker_dir
 from ._region import RegionAddress, name_for
 from ._shared_mem import SharedMem
-from .errors import LockNotHeldError, LockTimeoutError
+from .errors import LockNotHeldError, LockTimeoutError, RegionRefusedError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -93,7 +94,12 @@ class LockedSharedMem:
         return self._abandoned
 
     def acquire(self) -> None:
-        """Wait for the lock, at most `timeout` seconds."""
+        """Wait for the lock, at most `timeout` seconds.
+
+        Raises:
+            LockTimeoutError: somebody else has it.
+            RegionRefusedError: what lies at its path is no lock file, or none can be made there.
+        """
         self._forget_the_parents_hold()
         while True:
             lock = self._lock
@@ -101,6 +107,10 @@ class LockedSharedMem:
                 lock.acquire(timeout=-1 if self._timeout is None else self._timeout)
             except filelock.Timeout:
                 raise LockTimeoutError(lock.lock_file, self._timeout or 0.0) from None
+            except OSError as error:  # a link or a folder that somebody has put there, or a folder we may not write to
+                raise RegionRefusedError(
+                    errno.EACCES, f"cannot be the lock ({error.strerror})", lock.lock_file
+                ) from error
             try:
                 if lock is self._lock and self._hold():
                     return

@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 
 import portshm
-from portshm import LockNotHeldError, LockTimeoutError, RegionClosedError, SharedMem, ValueTooLargeError
+from portshm import (
+    LockNotHeldError,
+    LockTimeoutError,
+    RegionClosedError,
+    RegionRefusedError,
+    SharedMem,
+    ValueTooLargeError,
+)
 
 from . import children
 from .children import start_python
@@ -33,6 +40,18 @@ with LockedSharedMem(SharedMem.attach(sys.argv[1])) as m:
     m.set_value(b"half")
     print("held", flush=True)
     sys.stdin.read()
+"""
+
+
+FORKING_HOLDER = """
+import os, sys, time
+from portshm import SharedMem
+from portshm.locked import LockedSharedMem
+with LockedSharedMem(SharedMem.attach(sys.argv[1])):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
 """
 
 
@@ -304,3 +323,32 @@ def test_the_lock_file_goes_with_the_region(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
     del m, mem
     gc.collect()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+@pytest.mark.parametrize("what", ["link", "folder"])
+def test_what_somebody_has_put_in_the_lock_s_place_is_refused(tmp_path: Path, what: str) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    with SharedMem.create(8, dir=tmp_path) as mem:
+        path = Path(locked.lock_path(mem.address))
+        path.symlink_to(victim) if what == "link" else path.mkdir()
+        with pytest.raises(RegionRefusedError, match="cannot be the lock"):
+            locked.LockedSharedMem(mem, timeout=1).value_copy()
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_child_of_the_holder_does_not_keep_the_lock(mem: SharedMem) -> None:
+    with start_python(FORKING_HOLDER, str(mem.address)) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+        try:
+            shared = locked.LockedSharedMem(mem, timeout=30)
+            with shared:
+                assert shared.abandoned
+            os.kill(child, 0)  # it is still there
+        finally:
+            os.kill(child, signal.SIGKILL)

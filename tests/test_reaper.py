@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -265,3 +266,20 @@ def test_a_reaper_never_takes_the_segment_of_a_new_owner_of_the_name(monkeypatch
     (successor,) = successors
     with successor:
         assert exists(str(successor.address))
+
+
+def test_an_orphan_that_cannot_be_removed_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with owner_of("file", tmp_path) as (process, address):
+        process.kill()
+        process.wait()
+    unlink = os.unlink
+
+    def refused(path: str) -> None:  # root may write to every folder
+        if os.fspath(path).startswith(str(tmp_path)):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        unlink(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refused)
+        assert RegionAddress.parse(address) not in portshm.clean([tmp_path])
+    assert RegionAddress.parse(address) in portshm.clean([tmp_path])

@@ -805,3 +805,43 @@ def test_an_owner_that_exits_while_others_are_attached(backend: str) -> None:
             assert mem.value_copy() == b"legacy"
             with pytest.raises(RegionNotFoundError):
                 SharedMem.attach(mem.address)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"capacity": "5"}, RegionSizeError),
+        ({"name": 5}, RegionNameError),
+        ({"dir": ""}, RegionNameError),
+        ({"dir": "a\0b"}, RegionNameError),
+        ({"dir": "/tmp/" + "x" * 300}, RegionNameError),
+        ({"dir": ".", "backend": "none"}, RegionNameError),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        SharedMem.create(**{"capacity": 5, **arguments})
+
+
+@pytest.mark.parametrize(("kind", "name"), [("none", "x"), ("shm", "a/b"), ("shm", ""), ("file", "a\0b")])
+def test_addresses_that_make_no_sense(kind: Any, name: str) -> None:
+    with pytest.raises(RegionNameError):
+        RegionAddress(kind, name)
+
+
+def test_the_owner_keeps_to_its_own_memory(create: Create) -> None:
+    mem, other = create(), create()
+    with pytest.raises(RegionRefusedError, match="owner"):
+        mem.refresh(other.address)
+    assert mem.owner
+    assert mem.address != other.address
+
+
+@pytest.mark.skipif(not hasattr(os, "statvfs"), reason="asks the file system")
+def test_more_than_there_is_is_not_even_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda *args: tried.append(args), raising=False)
+    with pytest.raises(OSError, match="no room for"):
+        SharedMem.create(1 << 60, dir=tmp_path)
+    assert not tried
+    assert not os.listdir(tmp_path)

@@ -44,14 +44,13 @@ def create_region(
     that memory is a file in /dev/shm: the same pages as a named segment, at one descriptor instead of three, and
     it can be mapped copy-on-write.
     """
+    _check_backend(backend)
     if backend == "named":
         if dir is not None:
             raise RegionNameError(f"dir={os.fspath(dir)!r}: named shared memory lies in no folder; use backend='file'")
         return _named().create(size, name=name)
     if backend == "file" or dir is not None:
         return FileRegion.create(size, name=name, dir=dir)
-    if backend != "auto":
-        raise RegionNameError(f"backend {backend!r}: expected 'auto', 'file' or 'named'")
     try:
         memory = memory_dir()
         return FileRegion.create(size, name=name, dir=memory) if memory else _named().create(size, name=name)
@@ -59,6 +58,11 @@ def create_region(
         raise
     except OSError:
         return FileRegion.create(size, name=name)
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in ("auto", "file", "named"):
+        raise RegionNameError(f"backend {backend!r}: expected 'auto', 'file' or 'named'")
 
 
 def attach_region(address: RegionAddress, *, readonly: bool = False) -> Region:
@@ -108,6 +112,7 @@ def _named() -> type[NamedRegion]:
 
 def room(backend: Backend = "auto", dir: str | os.PathLike[str] | None = None) -> int:
     """Bytes that a new region could have at most right now: what is free there, and what can be mapped."""
+    _check_backend(backend)
     if dir is not None:
         places = [os.fspath(dir)]
     elif backend == "file":

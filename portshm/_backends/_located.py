@@ -19,9 +19,11 @@ class Located(NamedTuple):
     keeper: Any  # who recycles the region, or None where only its owner's `unlink` ends it
 
 
-class _Entry(NamedTuple):
-    address: str
-    keeper: Any
+class _Entry:
+    def __init__(self, address: str, keeper: Any) -> None:
+        self.address = address
+        self.keeper = keeper
+        self.start: int | None = None  # found when it is first asked for: it takes ctypes, which takes its time
 
 
 # Shared, writable file mappings of this process. A mapping that is gone is no longer in it.
@@ -40,7 +42,9 @@ def locate(buffer: memoryview) -> Located | None:
         return None
     start = _start_of(buffer)
     for mapping, entry in list(_mappings.items()):
-        base = _start_of(mapping)
+        if entry.start is None:
+            entry.start = _start_of(mapping)
+        base = entry.start
         if base and base <= start and start + buffer.nbytes <= base + len(mapping):
             if entry.keeper is None and not os.path.exists(entry.address.removeprefix("file:")):
                 return None  # unlinked: nobody else can map it any more

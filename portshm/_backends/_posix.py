@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any, Final
 
-from ..errors import RegionExistsError, RegionFullError, RegionNotFoundError, RegionRefusedError
+from ..errors import RegionExistsError, RegionFullError, RegionNameError, RegionNotFoundError, RegionRefusedError
 
 assert sys.platform != "win32"  # for the type checker
 
@@ -125,6 +125,10 @@ def reserve(fd: int, size: int, path: str) -> None:
     ftruncate alone makes a sparse file, and touching it on a full tmpfs kills the process (CPython issue 114390).
     """
     try:
+        status = os.fstatvfs(fd)
+        if status.f_blocks and size > status.f_bfree * status.f_frsize:  # some that have no limit say 0
+            # Not even tried, for the file system would be full meanwhile.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if hasattr(os, "posix_fallocate"):
             try:
                 os.posix_fallocate(fd, 0, size)
@@ -228,6 +232,8 @@ def remove_orphan(path: str, *, segment: str | None = None) -> bool:
             unlink_segment(segment)  # first: macOS lists no segments, so without its mark nobody would find it
         remove(path)
         return True
+    except OSError:
+        return False  # in a folder that we may not write to
     finally:
         os.close(fd)
 
@@ -246,6 +252,8 @@ def remove(path: str) -> bool:
         os.unlink(path)
     except FileNotFoundError:
         pass
+    except OSError as error:
+        raise translated(error, path, 0) from error
     return True
 
 
@@ -295,7 +303,7 @@ def mount_of(path: str) -> str:
     return path
 
 
-def translated(error: OSError, path: str, size: int) -> OSError:
+def translated(error: OSError, path: str, size: int) -> Exception:
     """An operating system's error as one of ours; above the backends nobody looks at errno."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         folder = os.path.dirname(path)
@@ -309,6 +317,8 @@ def translated(error: OSError, path: str, size: int) -> OSError:
         return RegionFullError(
             errno.ENOSPC, f"{size} bytes is more than may be mapped here ({os.strerror(error.errno)})", path
         )
+    if error.errno == errno.ENAMETOOLONG:
+        return RegionNameError(f"{path!r}: {os.strerror(error.errno)}")
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return RegionNotFoundError(errno.ENOENT, "no such region", path)
     if error.errno in (errno.ELOOP, errno.EMLINK):  # O_NOFOLLOW on a link; FreeBSD says EMLINK

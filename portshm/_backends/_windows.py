@@ -142,7 +142,7 @@ def mount_of(path: str) -> str:
     return os.path.splitdrive(os.path.abspath(path))[0]
 
 
-def translated(error: OSError, path: str, size: int) -> OSError:
+def translated(error: OSError, path: str, size: int) -> Exception:
     if error.errno == errno.ENOSPC:
         return RegionFullError(
             errno.ENOSPC,

@@ -29,7 +29,10 @@ class FileRegion:
 
     @classmethod
     def create(cls, size: int, *, name: str | None = None, dir: str | os.PathLike[str] | None = None) -> FileRegion:
-        folder = os.path.abspath(os.fspath(dir) if dir is not None else tempfile.gettempdir())
+        folder = os.fspath(dir) if dir is not None else tempfile.gettempdir()
+        if not folder or "\0" in folder:
+            raise RegionNameError(f"dir {folder!r} is not a folder")
+        folder = os.path.abspath(folder)
         path = os.path.join(folder, name_for(name) if name is not None else fresh_name())
         try:
             owned = OwnedFile(path)
