@@ -248,6 +248,20 @@ def make_pickled_slowly(path: str, spared: int) -> PickledSlowly:
     return PickledSlowly(path, spared)
 
 
+class Gated:
+    """Is unpickled when its path exists."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return wait_for, (self.path,)
+
+
+def gated(path: str) -> Gated:
+    return Gated(path)
+
+
 class DiesOverBuffer:
     """Pickles a large buffer out of band, and kills its process before the rest."""
 

@@ -2,7 +2,8 @@
 
 One thread per pool runs the loop. All state is changed under one lock, and nothing is done under it that could
 wait: no send, no pickling, no user code. Whoever is handed a slot with a batch by the scheduler sends it, be it the
-loop or the thread that submitted: meanwhile `Worker.sender` is that thread, and the slot's memory is its alone.
+loop or the thread that submitted, or the porter (`_porter.py`), which does for the loop what may run user code:
+meanwhile `Worker.sender` is that thread, and the slot's memory is its alone.
 A death that is noticed then is dealt with when the sender is done. The worker may have answered, and another thread
 have the slot, before the sender is back from the system call: so it takes back only marks that are still its own.
 
@@ -36,6 +37,7 @@ from ._exit_status import interrupts_deferred
 from ._loading import Loader, NoRoomError, UnsendableError
 from ._messages import Done, Forget, GarbageError, Grant, Need, Ready, Released, StartFailed
 from ._pipe import keep_from_children
+from ._porter import Porter
 from ._regions import RegionStore
 from ._results import MapJob
 from ._scheduler import Batch, Chunk, Job, Scheduler, SlotState, State
@@ -100,6 +102,7 @@ class Coordinator:
         self._store = RegionStore(settings.backend, max_shared_bytes)
         self._loader = Loader(self._scheduler, self._lock, self._store)
         self._delivery = Delivery(self._store)
+        self._porter = Porter(self._porter_is_idle)
         self._start_timeout = start_timeout
         self._waiter = Waiter()
         self._wake_reader, self._wake_writer = multiprocessing.Pipe(duplex=False)
@@ -363,6 +366,7 @@ class Coordinator:
             return
         if self._thread.ident is not None and threading.current_thread() is not self._thread:
             self._thread.join()
+        self._porter.join()
         if self._callback_thread is not None and threading.current_thread() is not self._callback_thread:
             self._callback_thread.join()
 
@@ -488,7 +492,7 @@ class Coordinator:
             return self._scheduler.closing and self._all_done() and not any(w.process for w in self._workers)
 
     def _all_done(self) -> bool:
-        return self._scheduler.idle and not self._jobs
+        return self._scheduler.idle and not self._jobs and self._porter.idle
 
     def _wait_time(self) -> float | None:
         """Until the next deadline; the wait ends earlier for anything that happens."""
@@ -501,7 +505,8 @@ class Coordinator:
                 moments.append(worker.kill_at)
             batch = slot.batch
             if batch is not None and batch.job.timeout is not None and not worker.timed_out:
-                moments.append(self._deadline(worker, batch, now))
+                # No later than that, because an element that has not begun may do so at once.
+                moments.append(min(self._deadline(worker, batch, now), now + batch.job.timeout))
         if not moments:
             self._timed = False
             return None
@@ -546,7 +551,7 @@ class Coordinator:
                 if slot is None:
                     return
                 self._workers[slot.id].sender = threading.get_ident()
-            self._send(slot)
+            self._pass_on(slot)
 
     def _count_dropped(self) -> None:
         """Have jobs that nobody wants any more end without the elements that were not sent."""
@@ -632,7 +637,7 @@ class Coordinator:
             got = self._scheduler.ready(slot)
             worker.sender = threading.get_ident() if got else None
         if got:
-            self._send(slot)
+            self._pass_on(slot)
 
     def _on_done(self, worker: Worker, done: Done) -> None:
         slot = self._scheduler.slots[worker.id]
@@ -658,10 +663,40 @@ class Coordinator:
             self._starved = False
         # The worker first: what is delivered may wake threads that then want the interpreter.
         if got:
-            self._send(slot)
+            self._pass_on(slot)
         elif slot.state is State.RETIRING:
             worker.stop()
-        self._delivery.deliver(worker, batch, record)
+        self._deliver(worker, batch, record)
+
+    def _deliver(self, worker: Worker, batch: Batch, record: Record) -> None:
+        """Settle the first elements of a batch; in the loop only if that runs no user code."""
+        entries = self._delivery.claim(worker, record.entries)
+        if not self._in_loop():
+            self._delivery.deliver(batch, record.numbers, self._delivery.results(entries))
+            return
+        job = batch.job
+        carried = isinstance(job, MapJob) and job.carried  # then all that follows, or two threads would be at it
+        results = None if carried else self._delivery.plain_results(entries)
+        if results is not None:
+            self._delivery.deliver(batch, record.numbers, results)
+            return
+        if isinstance(job, MapJob):
+            job.carried = True
+        count = len(record.numbers) + len(entries)
+
+        def unpickle() -> None:
+            self._delivery.deliver(batch, record.numbers, self._delivery.results(entries))
+
+        def drop(error: BaseException) -> None:
+            for position in range(count):
+                owner, index, _ = batch.owner(position)
+                fail(owner, index, error)
+
+        self._porter.carry(unpickle, drop)
+
+    def _porter_is_idle(self) -> None:
+        if self._ending:
+            self.wake()
 
     def _on_unreadable(self, worker: Worker, slot: SlotState) -> None:
         try:
@@ -682,7 +717,7 @@ class Coordinator:
             error.__cause__ = reason
             fail(job, index, error)
         if got:
-            self._send(slot)
+            self._pass_on(slot)
 
     def _on_need(self, worker: Worker, need: Need) -> None:
         try:
@@ -758,7 +793,7 @@ class Coordinator:
             worker.tasks_done += finished
             self._starved = False
         if batch is not None:
-            self._delivery.deliver(worker, batch, record)
+            self._deliver(worker, batch, record)
         for id in [*worker.regions, *worker.granted]:
             self._store.release(id)
         for job, index, arguments in [*lost, *filter(None, [verdict.culprit])]:
@@ -803,10 +838,22 @@ class Coordinator:
     def _in_loop(self) -> bool:
         return threading.get_ident() == self._thread.ident
 
+    def _pass_on(self, slot: SlotState) -> None:
+        """Have the batch that this thread was given sent: by the porter, if it is the loop and user code may run."""
+        batch = slot.batch
+        assert batch is not None
+        if not self._in_loop() or self._loader.is_plain(batch) or (porter := self._porter.ident) is None:
+            self._send(slot)
+            return
+        with self._lock:
+            self._workers[slot.id].sender = porter
+        self._porter.carry(lambda: self._send(slot), lambda error: None)  # at the end the slot's batch is seen to
+
     def _send(self, slot: SlotState, *, attach: bool = True) -> None:
         """Pickle and send the batch of a slot that this thread was given. What cannot be sent ends here."""
         worker, batch, me = self._workers[slot.id], slot.batch, threading.get_ident()
-        assert batch is not None
+        if batch is None:
+            return  # the pool has ended meanwhile
         if attach and not worker.attached:
             self._attach(worker)
         sent = self._try_send(worker, slot, batch)
@@ -842,6 +889,8 @@ class Coordinator:
     def _give_back(self, worker: Worker, slot: SlotState, failed: Collection[int]) -> None:
         """The slot's batch cannot be sent: `failed` positions of it never, the others not now."""
         with self._lock:
+            if slot.batch is None:
+                return  # the pool has ended meanwhile
             self._scheduler.unsendable(slot, failed)
             if not failed:
                 self._starved = any(other.batch is not None for other in self._scheduler.slots)
@@ -867,6 +916,7 @@ class Coordinator:
                     slot.batch = None
             jobs, self._jobs = self._jobs, set()
         self._settle_all(entries, error)
+        self._porter.end(error)
         for job in jobs:
             job.abort(error)
         self._release()

@@ -70,6 +70,9 @@ class _Call(Job):
         return reason
 
     def settle(self, ok: bool, value: Any) -> None:
+        if self.call is None:
+            return  # the pool has ended, and with it this, while its result was being unpickled
+        self.call = None
         if not ok and self._on_crash == "return" and isinstance(value, WorkerCrashed):
             ok = True
         if self.future.calls_back:
@@ -85,7 +88,6 @@ class _Call(Job):
             self.future.set_result(value)
         else:
             self.future.set_exception(_with_own_cause(value))
-        self.call = None
 
 
 class _ExecutorMap(IMapJob):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Iterable
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple
 
 from .._buffers import raw_bytes
 from ..errors import PoolError
@@ -18,7 +18,7 @@ from ._regions import RegionStore, StoredRegion, StoreFullError
 from ._results import MapJob
 from ._scheduler import Batch, Scheduler, SlotState
 from ._slot import PAYLOAD_MAX, Mode
-from ._transport import Parcel, Place, pack, pack_batch
+from ._transport import FIXED, Parcel, Place, is_plain, pack, pack_batch
 from ._worker import Worker
 
 __all__ = ["Loader", "NoRoomError", "PackedFunction", "UnsendableError"]
@@ -44,6 +44,10 @@ class UnsendableError(Exception):
 
 class NoRoomError(Exception):
     """The store is full for now; other batches will give space back."""
+
+
+def _content(batch: Batch) -> Sequence[Any]:
+    return batch.chunk.items if batch.chunk is not None else [call.call for call in batch.calls]
 
 
 class Loader:
@@ -85,10 +89,19 @@ class Loader:
             return Run(batch.id, batch.mode)
         return Run(batch.id, batch.mode, stored.id, stored.address)
 
+    def is_plain(self, batch: Batch) -> bool:
+        """Whether no user code can run as the batch is loaded."""
+        job = batch.job
+        if isinstance(job, MapJob) and job.packed_function is None and type(job.function) not in FIXED:
+            return False
+        if batch.plain is None:
+            batch.plain = batch.mode is Mode.VALUE or is_plain(_content(batch))
+        return batch.plain
+
     def _pack(self, batch: Batch) -> Parcel:
-        content = batch.chunk.items if batch.chunk is not None else [call.call for call in batch.calls]
+        content = _content(batch)
         try:
-            return pack_batch(content, self._store)
+            return pack_batch(content, self._store, plain=batch.plain)
         except BaseException as error:
             if is_interrupt(error):
                 raise

@@ -147,6 +147,8 @@ class AsyncResult(Job, Generic[T]):
         return _encoding_error(value, reason)
 
     def settle(self, ok: bool, value: Any) -> None:
+        if self.call is None:
+            return  # the pool has ended, and with it this, while its result was being unpickled
         if not ok and self._on_crash == "return" and isinstance(value, WorkerCrashed):
             ok = True
         self.call = None  # the result may live long; what it was computed from need not
@@ -195,7 +197,7 @@ class Condition(threading.Condition):
 class MapJob(Job):
     """The part of all map-like jobs that the coordinator deals with."""
 
-    __slots__ = ("_on_crash", "engine", "function", "id", "mode", "packed_function", "packing")
+    __slots__ = ("_on_crash", "carried", "engine", "function", "id", "mode", "packed_function", "packing")
 
     def __init__(
         self,
@@ -215,6 +217,7 @@ class MapJob(Job):
         self.retries = retries
         self.packed_function: Any = None  # the loader's
         self.packing = threading.Lock()  # held by the thread that makes it
+        self.carried = False  # its results are delivered by the porter
         self._on_crash = on_crash
 
     def unpicklable(self, value: str, reason: BaseException) -> BaseException:
@@ -313,8 +316,8 @@ class MapResult(MapJob):
             self._end()
 
     def _count(self, ended: int) -> None:
-        self._left -= ended
-        if self._left == 0:
+        left = self._left = self._left - ended
+        if left == 0:
             self._end()
 
     def _end(self) -> None:

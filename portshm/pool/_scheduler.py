@@ -137,7 +137,7 @@ class Chunk:
 class Batch:
     """What is sent in one message: calls, or consecutive elements of one map."""
 
-    __slots__ = ("calls", "chunk", "id", "job", "origin", "patience")
+    __slots__ = ("calls", "chunk", "id", "job", "origin", "patience", "plain")
 
     def __init__(self, id: int, calls: list[Job], chunk: Chunk | None, origin: deque[Job | Chunk]) -> None:
         self.id = id
@@ -145,6 +145,7 @@ class Batch:
         self.chunk = chunk
         self.job = chunk.job if chunk is not None else calls[0]
         self.origin = origin  # the queue it came from, where it goes back to if nothing of it was sent
+        self.plain: bool | None = None  # as `is_plain` of what it holds, once somebody has asked
         self.patience = 0.0  # seconds after which the worker gives back what it has not begun; 0: it executes all
 
     def __len__(self) -> int:

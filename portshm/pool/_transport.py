@@ -28,7 +28,9 @@ from ..errors import TransportError
 from ._large_bytes import copy_of
 
 __all__ = [
+    "FIXED",
     "WORTH_A_MAPPING",
+    "is_plain",
     "Parcel",
     "Place",
     "pack",
@@ -53,7 +55,7 @@ _COUNT: Final = struct.Struct("<Q")
 _ONE_BY_ONE: Final = bytes(8)
 
 # Besides plain values these cannot be changed by who gets them: they are pickled by name.
-_FIXED: Final = frozenset((types.FunctionType, types.BuiltinFunctionType, type))
+FIXED: Final = frozenset((types.FunctionType, types.BuiltinFunctionType, type))
 
 # Types whose objects own their memory, and that pickle copies into the stream.
 _OWN_MEMORY: Final = frozenset((bytes, bytearray, array))
@@ -180,14 +182,14 @@ def pack(obj: Any, keeper: Keeper | None = None) -> Parcel:
     return packer.parcel(packer.out.getvalue())
 
 
-def pack_batch(items: Sequence[Any], keeper: Keeper) -> Parcel:
+def pack_batch(items: Sequence[Any], keeper: Keeper, *, plain: bool | None = None) -> Parcel:
     """Pickle the elements of a batch, for `unpack_batch`.
 
     In one piece, if they can have nothing in common that one of them could change; else each by itself, because
     what is one object in one pickle arrives as one object, and what a task does to its arguments is no affair of
-    the next.
+    the next. `plain`: what `is_plain` says of them, if it has been asked.
     """
-    if len(items) == 1 or _nothing_to_share(items):
+    if len(items) == 1 or plain or (plain is None and is_plain(items)):
         return pack(items, keeper)
     packer = _Packer(keeper, large=_holds_large_bytes(items, 4))
     ends = []
@@ -198,7 +200,8 @@ def pack_batch(items: Sequence[Any], keeper: Keeper) -> Parcel:
     return packer.parcel(_ONE_BY_ONE + table + packer.out.getvalue())
 
 
-def _nothing_to_share(items: Sequence[Any]) -> bool:
+def is_plain(items: Sequence[Any]) -> bool:
+    """Whether the elements of a batch have nothing in common that one could change, and no pickling of their own."""
     if type(items) is range:
         return True
     kinds = set(map(type, items))
@@ -209,7 +212,7 @@ def _nothing_to_share(items: Sequence[Any]) -> bool:
     for item in items:
         for part in item:
             kind = type(part)
-            if kind not in _PLAIN and kind not in _FIXED:
+            if kind not in _PLAIN and kind not in FIXED:
                 if kind is tuple and _PLAIN.issuperset(map(type, part)):
                     continue
                 if kind is dict and not part:  # the keyword arguments of a call without any

@@ -161,4 +161,4 @@ def test_who_talks_to_a_worker_sends_it_nothing_of_others(tmp_path: Path) -> Non
         go_on.touch()
         assert isinstance(talking.outcome(), int)
         assert other.get(PATIENCE) == 1
-        assert packed.by == [pool._engine._thread]
+        assert packed.by == [pool._engine._porter._thread]

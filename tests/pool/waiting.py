@@ -26,7 +26,9 @@ def running(pid: int) -> bool:
     """Whether the process exists and is no zombie."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+            state = file.read().rpartition(")")[2].split()[0]
+        # The main thread may be a zombie while others still have the process's files open, for a moment.
+        return state not in ("Z", "X") or len(os.listdir(f"/proc/{pid}/task")) > 1
     except (FileNotFoundError, ProcessLookupError):
         pass
     if os.path.isdir("/proc/self"):
