@@ -84,10 +84,13 @@ class Pool:
         backend: where the shared memory is: ``"auto"``, ``"file"`` or ``"named"``.
         task_timeout: seconds that one element may take, from its own start; then its worker is killed and it fails
             with `TaskTimeoutError`. None for no limit.
-        retries: how often an element that killed its worker is run again, alone in a fresh worker.
+        retries: how often an element that killed its worker, or missed its deadline, is run again, alone in a fresh
+            worker.
         on_crash: ``"raise"`` a `WorkerCrashed`, or ``"return"`` it in the element's place.
         start_timeout: seconds a worker may take to be ready for work.
-        max_shared_bytes: bound on the bytes of large arguments and results in shared memory; None for none.
+        max_shared_bytes: bound on the bytes of large arguments and results in shared memory, besides one result for
+            each worker on its way; None for none. Arguments wait for room; results that the caller keeps are copied
+            out where they would take more than half.
     """
 
     def __init__(

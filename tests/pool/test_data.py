@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import mmap
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -347,3 +348,43 @@ def test_sizes_around_every_limit(make_pool: MakePool, kind: Callable[[Any], Any
     expected = [(size, 120, 120) for size in around]
     assert [found[1:] for found in pool.map(ends, sent)] == expected
     assert [ends(item)[1:] for item in pool.map(sent_back, sent)] == expected
+
+
+def test_the_function_of_a_map_keeps_what_its_tasks_do_to_it(make_pool: MakePool) -> None:
+    """It crosses once, so in each worker it is one object; the parent's own stays as it is."""
+    pool = make_pool(1)
+    held = bytearray(10)
+    assert pool.map(functools.partial(counted_up, held), range(5), chunksize=1) == [1, 2, 3, 4, 5]
+    assert held == bytes(10)
+
+
+def counted_up(data: bytearray, _: int) -> int:
+    data[0] += 1
+    return data[0]
+
+
+@pytest.mark.skipif(not os.path.isfile("/proc/self/statm"), reason="reads this process's memory there")
+@pytest.mark.parametrize("method", ["imap", "imap_unordered"])
+def test_an_endless_input_is_read_ahead_of_by_so_much_and_no_more(make_pool: MakePool, method: str) -> None:
+    pool = make_pool(2)
+    read = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal read
+        while True:
+            read += 1
+            yield bytes([read % 256]) * 20_000
+
+    results = getattr(pool, method)(same, endless(), buffersize=50)
+    for _ in range(500):  # what there has to be is there
+        next(results)
+    before = resident()
+    for taken in range(500, 5_000):
+        assert len(next(results)) == 20_000
+        assert read - taken <= 51
+    assert resident() - before < 30 * MB, "of 90 that have gone by, each way"
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE

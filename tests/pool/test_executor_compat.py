@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import gc
 import inspect
@@ -297,3 +298,15 @@ def test_the_queued_elements_of_a_map_are_cancelled(ours: portshm.pool.ProcessPo
     assert next(results) == "open"
     with pytest.raises(concurrent.futures.CancelledError):
         list(results)
+
+
+def test_asyncio(executor: Any) -> None:
+    async def gather() -> list[Any]:
+        loop = asyncio.get_running_loop()
+        calls = [loop.run_in_executor(executor, square, number) for number in range(20)]
+        calls.append(loop.run_in_executor(executor, fail, "on purpose"))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    *squares, error = asyncio.run(gather())
+    assert squares == [number * number for number in range(20)]
+    assert isinstance(error, KeyError)

@@ -24,6 +24,7 @@ from tests.tasks import (
     counted,
     die,
     inc,
+    note,
     noted,
     run,
     run_args,
@@ -315,3 +316,32 @@ def test_with_the_named_backend(make_pool: Callable[..., Pool], log: str) -> Non
         make_pool(2, backend="named").map(run, steps(log, "SIGKILL"), chunksize=100)
     assert (caught.value.index, caught.value.signal) == (57, signal.SIGKILL)
     assert counted(log) == ONCE_EACH
+
+
+def test_an_exception_ends_its_element_only(make_pool: Callable[..., Pool], log: str) -> None:
+    """Unlike the standard library's, whose chunk ends with the first."""
+    pool = make_pool(2)
+    items = [(log, number, number in (3, 5)) for number in range(10)]
+    with pytest.raises(ValueError, match=r"^3$"):
+        pool.starmap(note_and_raise, items, chunksize=10)
+    assert counted(log) == dict.fromkeys(range(10), 1)
+    results = pool.imap(raise_if_odd, range(6), chunksize=6)
+    found: list[Any] = []
+    for _ in range(6):
+        try:
+            found.append(next(results))
+        except ValueError as error:
+            found.append(str(error))
+    assert found == [0, "1", 2, "3", 4, "5"]
+
+
+def note_and_raise(log: str, number: int, fails: bool) -> None:
+    note(log, number)
+    if fails:
+        raise ValueError(number)
+
+
+def raise_if_odd(number: int) -> int:
+    if number % 2:
+        raise ValueError(number)
+    return number
