@@ -111,6 +111,13 @@ def checked_length(value: Any, limit: int) -> int:
     return int(value)
 
 
+def checked_bool(name: str, value: Any) -> bool:
+    """`value` as a bool, if it is one or a number that is as good."""
+    if value in (0, 1):
+        return bool(value)
+    raise HeaderError(name, value, "True or False")
+
+
 class Header:
     """A live view of one header in memory: reading a field reads memory, assigning stores it.
 
@@ -175,6 +182,9 @@ def _scalar_property(field: Field, cells: int, *, assignable: bool) -> property:
             pass  # no number: told below
         store(header, value)
 
+    def store_bool(header: Header, value: Any) -> None:
+        store(header, checked_bool(field.name, value))  # memoryview would store whether it is true
+
     def refuse(header: Header, value: Any) -> None:
         raise HeaderError(field.name, value, "no assignment: this field describes the region itself")
 
@@ -182,7 +192,7 @@ def _scalar_property(field: Field, cells: int, *, assignable: bool) -> property:
         return property(load, refuse)
     if field.name == "value_len":
         return property(load, store_length)
-    return property(load, store_single if field.format == "f" else store)
+    return property(load, {"f": store_single, "?": store_bool}.get(field.format, store))
 
 
 def _bytes_property(field: Field, cells: int, *, assignable: bool) -> property:
@@ -381,6 +391,8 @@ class HeaderCodec:
             raise HeaderError("value_len", value, "a length of 0 or more")
         if field.format.endswith("s") and (not isinstance(value, (bytes, bytearray)) or len(value) > field.size):
             raise HeaderError(field.name, value, field.expected)  # struct would cut it silently
+        if field.format == "?":
+            value = checked_bool(field.name, value)
         try:
             return struct.pack(self._order + field.format, value)
         except (struct.error, OverflowError):

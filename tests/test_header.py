@@ -136,7 +136,7 @@ def test_every_field_is_naturally_aligned_and_inside_one_cache_line(codec: Heade
 def extremes(fmt: str) -> tuple[list[Any], list[Any]]:
     """What fits the format to the last bit, and what just does not."""
     if fmt == "?":
-        return [False, True], []
+        return [False, True, 0, 1], [2, -1, "no", None]
     if fmt.endswith("s"):
         size = int(fmt[:-1])
         return [bytes(size), b"\xff" * size], [b"x" * (size + 1), "text", 7, None]

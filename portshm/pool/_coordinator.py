@@ -200,9 +200,9 @@ class Coordinator:
                         self._workers[slot.id].sender = threading.get_ident()
             if self._scheduler.can_assign and not self._starved:
                 self.wake()
-            if self._starts.some_held_back and not refused:
-                # One for each task, but for the first if a worker that was there has got it.
-                self._starts.more((1 if isinstance(entry, Job) else entry.units) - idle)
+            # One for each task, but for the first if a worker that was there has got it.
+            if self._starts.some_held_back and not refused and (more := entry.units - idle) > 0:
+                self._starts.more(more)
                 self._timed = True
                 self.wake()  # it has a deadline, and on Windows the loop waits for those only that it knew of
         except BaseException:
@@ -799,7 +799,7 @@ class Coordinator:
         for job, index, arguments in [*lost, *filter(None, [verdict.culprit])]:
             fail(job, index, self._crash(worker, obituary, job, index, item if item is not None else arguments))
         logger.info("worker %s ended: %s", obituary.pid, obituary.cause)
-        if not self._scheduler.closing or not self._all_done():
+        if not self._ends_now and not (self._scheduler.closing and self._all_done()):
             if worker.ready:
                 self._starts.again(worker, was_idle=batch is None and not worker.stopped)
             else:
@@ -874,19 +874,19 @@ class Coordinator:
         try:
             message = self._loader.load(worker, slot, batch)
         except UnsendableError as error:
-            self._give_back(worker, slot, error.failed)
+            self._give_back(slot, error.failed)
             for position, reason in error.failed.items():
                 job, index, _ = batch.owner(position)
                 fail(job, index, reason)
             return False
         except NoRoomError:
-            self._give_back(worker, slot, ())
+            self._give_back(slot, ())
             return False
         with contextlib.suppress(OSError):  # the process is gone, which the loop will notice
             worker.send(message)
         return True
 
-    def _give_back(self, worker: Worker, slot: SlotState, failed: Collection[int]) -> None:
+    def _give_back(self, slot: SlotState, failed: Collection[int]) -> None:
         """The slot's batch cannot be sent: `failed` positions of it never, the others not now."""
         with self._lock:
             if slot.batch is None:

@@ -73,6 +73,8 @@ class Job:
     mode: Mode = Mode.CALLS
     # Whether `begin` has to be asked: single calls of a pool cannot be cancelled.
     cancellable = True
+    # How many tasks it is, as a chunk has some.
+    units = 1
     # Whether its caller was told that it is running, and so that it cannot be cancelled any more.
     begun = False
 
