@@ -61,6 +61,9 @@ _BEGUN_WITHIN: Final = 5.0
 # Seconds; a selector takes no more than some weeks, and a deadline may be any number.
 _LONGEST_WAIT: Final = 3600.0
 
+# What the porter may have to do for each worker before workers get no more. A batch to be sent counts too.
+_MOST_CARRIED: Final = 3
+
 _WAKE: Final = "wake"
 
 
@@ -102,7 +105,7 @@ class Coordinator:
         self._store = RegionStore(settings.backend, max_shared_bytes)
         self._loader = Loader(self._scheduler, self._lock, self._store)
         self._delivery = Delivery(self._store)
-        self._porter = Porter(self._porter_is_idle)
+        self._porter = Porter(self._carried)
         self._start_timeout = start_timeout
         self._waiter = Waiter()
         self._wake_reader, self._wake_writer = multiprocessing.Pipe(duplex=False)
@@ -492,7 +495,7 @@ class Coordinator:
             return self._scheduler.closing and self._all_done() and not any(w.process for w in self._workers)
 
     def _all_done(self) -> bool:
-        return self._scheduler.idle and not self._jobs and self._porter.idle
+        return self._scheduler.idle and not self._jobs and not self._porter.left
 
     def _wait_time(self) -> float | None:
         """Until the next deadline; the wait ends earlier for anything that happens."""
@@ -545,7 +548,7 @@ class Coordinator:
         """Give idle workers what is left in the queue."""
         while True:
             with self._lock:
-                if self._starved or not self._scheduler.waiting:
+                if self._starved or self._congested or not self._scheduler.waiting:
                     return
                 slot = self._scheduler.assign_idle()
                 if slot is None:
@@ -658,7 +661,8 @@ class Coordinator:
         self._take_back(worker, done.released)
         with self._lock:
             worker.tasks_done += done.finished
-            got = self._scheduler.done(slot, done.finished, done.elapsed / 1e9, more=self._in_loop())
+            more = self._in_loop() and not self._congested
+            got = self._scheduler.done(slot, done.finished, done.elapsed / 1e9, more=more)
             worker.sender = threading.get_ident() if got else None
             self._starved = False
         # The worker first: what is delivered may wake threads that then want the interpreter.
@@ -694,9 +698,14 @@ class Coordinator:
 
         self._porter.carry(unpickle, drop)
 
-    def _porter_is_idle(self) -> None:
-        if self._ending:
+    def _carried(self) -> None:
+        if self._ending or self._scheduler.can_assign:
             self.wake()
+
+    @property
+    def _congested(self) -> bool:
+        """Whether the porter has so much to do that more results would only pile up."""
+        return self._porter.left > _MOST_CARRIED * len(self._workers)
 
     def _on_unreadable(self, worker: Worker, slot: SlotState) -> None:
         try:

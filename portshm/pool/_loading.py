@@ -60,31 +60,41 @@ class Loader:
 
     def load(self, worker: Worker, slot: SlotState, batch: Batch) -> Run:
         """Put the batch into memory. What goes wrong with it is an UnsendableError, whatever it was."""
+        entrusted: list[int] = []
+        functions = set(worker.functions)
         try:
-            if batch.mode is Mode.VALUE:
-                assert batch.chunk is not None
-                stored: StoredRegion | None = None
-                payload: bytes | memoryview = raw_bytes(batch.chunk.items[0])
-            else:
+            return self._load(worker, slot, batch, entrusted)
+        except BaseException as error:
+            # The worker is told nothing, so it has nothing.
+            for id in entrusted:
+                worker.regions.remove(id)
+                self._store.release(id)
+            worker.functions &= functions
+            if isinstance(error, (UnsendableError, NoRoomError)) or not isinstance(error, Exception):
+                raise
+            raise UnsendableError(dict.fromkeys(range(len(batch)), error)) from error
+
+    def _load(self, worker: Worker, slot: SlotState, batch: Batch, entrusted: list[int]) -> Run:
+        stored: StoredRegion | None = None
+        if batch.mode is Mode.VALUE:
+            assert batch.chunk is not None
+            payload: bytes | memoryview = raw_bytes(batch.chunk.items[0])
+        else:
+            parcel = self._pack(batch)
+            if parcel.plain and len(parcel.stream) < PAYLOAD_MAX:
+                self._scheduler.lighten(batch)
+            elif len(batch) > 1 and parcel.size > _LARGE_BATCH:
+                # Large elements are not waited for in company.
+                with self._lock:
+                    self._scheduler.trim(slot, max(1, len(batch) * _LARGE_BATCH // parcel.size), parcel.size)
                 parcel = self._pack(batch)
-                if parcel.plain and len(parcel.stream) < PAYLOAD_MAX:
-                    self._scheduler.lighten(batch)
-                elif len(batch) > 1 and parcel.size > _LARGE_BATCH:
-                    # Large elements are not waited for in company.
-                    with self._lock:
-                        self._scheduler.trim(slot, max(1, len(batch) * _LARGE_BATCH // parcel.size), parcel.size)
-                    parcel = self._pack(batch)
-                payload, stored = parcel.stream, None
-            head = b"" if batch.mode is Mode.CALLS else self._function_head(worker, batch)
-            if batch.mode is not Mode.VALUE and (not parcel.plain or len(payload) > PAYLOAD_MAX):
+            payload = parcel.stream
+            if not parcel.plain or len(payload) > PAYLOAD_MAX:
                 stored = self._store_parcel(parcel)
                 payload = b""
-                self._entrust(worker, stored.id, parcel.places.values())
-            worker.load(batch.id, len(batch), payload, head, int(batch.patience * 1e9))
-        except (UnsendableError, NoRoomError):
-            raise
-        except Exception as error:
-            raise UnsendableError(dict.fromkeys(range(len(batch)), error)) from error
+                self._entrust(worker, entrusted, stored.id, parcel.places.values())
+        head = b"" if batch.mode is Mode.CALLS else self._function_head(worker, batch, entrusted)
+        worker.load(batch.id, len(batch), payload, head, int(batch.patience * 1e9))
         if stored is None:
             return Run(batch.id, batch.mode)
         return Run(batch.id, batch.mode, stored.id, stored.address)
@@ -132,7 +142,7 @@ class Loader:
         parcel.write_into(stored.view)
         return stored
 
-    def _function_head(self, worker: Worker, batch: Batch) -> bytes:
+    def _function_head(self, worker: Worker, batch: Batch, entrusted: list[int]) -> bytes:
         job = batch.job
         assert isinstance(job, MapJob)
         if job.id in worker.functions:
@@ -151,16 +161,18 @@ class Loader:
         if packed.stored is None:
             return pickle.dumps((job.id, packed.pickled, 0, ""), 5)
         self._store.add_user(packed.stored.id)
-        self._entrust(worker, packed.stored.id, packed.places)
+        self._entrust(worker, entrusted, packed.stored.id, packed.places)
         return pickle.dumps((job.id, None, packed.stored.id, packed.stored.address), 5)
 
-    def _entrust(self, worker: Worker, id: int, places: Iterable[Place]) -> None:
+    def _entrust(self, worker: Worker, entrusted: list[int], id: int, places: Iterable[Place]) -> None:
         """Note the regions that the worker holds from now on: a payload's, and those that its buffers lie in."""
-        worker.regions.append(id)
+        ids = [id]
         for place in places:
             if place.region:
                 self._store.add_user(place.region)
-                worker.regions.append(place.region)
+                ids.append(place.region)
+        worker.regions += ids
+        entrusted += ids
 
     def _pack_function(self, job: MapJob) -> PackedFunction:
         parcel = pack(job.function, self._store)

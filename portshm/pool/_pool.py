@@ -88,8 +88,8 @@ class Pool:
             worker.
         on_crash: ``"raise"`` a `WorkerCrashed`, or ``"return"`` it in the element's place.
         start_timeout: seconds a worker may take to be ready for work.
-        max_shared_bytes: bound on the bytes of large arguments and results in shared memory, besides one result for
-            each worker on its way; None for none. Arguments wait for room; results that the caller keeps are copied
+        max_shared_bytes: bound on the bytes of large arguments and results in shared memory, besides a few results for
+            each worker on their way; None for none. Arguments wait for room; results that the caller keeps are copied
             out where they would take more than half.
     """
 

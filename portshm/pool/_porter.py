@@ -20,7 +20,7 @@ class Porter:
     """Carries out one thing after the other. The thread starts with the first.
 
     Args:
-        told: called in the thread when nothing is left to be carried out.
+        told: called in the thread when something has been carried out.
     """
 
     def __init__(self, told: Callable[[], None]) -> None:
@@ -32,8 +32,9 @@ class Porter:
         self._thread: threading.Thread | None = None
 
     @property
-    def idle(self) -> bool:
-        return not self._open
+    def left(self) -> int:
+        """How many things are still to be carried out."""
+        return len(self._open)
 
     @property
     def ident(self) -> int | None:
@@ -85,5 +86,4 @@ class Porter:
                     self._waits = True
             del thing  # it may be the last to have a result
             self._open.pop(number, None)
-            if not self._open:
-                self._told()
+            self._told()

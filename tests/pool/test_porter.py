@@ -113,6 +113,16 @@ def test_the_end_does_not_wait_for_it(gate: Gate, face: Any) -> None:
         slow.get(PATIENCE) if face is Pool else slow.result(PATIENCE)
 
 
+def test_results_that_nobody_can_take_yet_are_few(gate: Gate) -> None:
+    with Pool(2, context=CONTEXT) as pool:
+        results = [pool.apply_async(gated, (gate.path,)) for _ in range(100)]
+        until(gate.reached, "one to be unpickled")
+        until(lambda: {stats.state for stats in pool.stats()} == {"idle"}, "the workers to wait")
+        assert pool._engine._porter.left <= 3 * 2 + 2
+        gate.open()
+        assert all(isinstance(result.get(PATIENCE), int) for result in results)
+
+
 def test_the_end_waits_for_results_otherwise(gate: Gate) -> None:
     pool = Pool(2, context=CONTEXT)
     slow = pool.apply_async(gated, (gate.path,))
@@ -129,12 +139,12 @@ def test_the_end_waits_for_results_otherwise(gate: Gate) -> None:
 
 def test_a_porter_s_order_and_its_end() -> None:
     done: list[Any] = []
-    told = threading.Event()
-    porter = Porter(told.set)
-    assert porter.idle
+    told = threading.Semaphore(0)
+    porter = Porter(told.release)
+    assert porter.left == 0
     for number in range(5):
         porter.carry(lambda number=number: done.append(number), done.append)  # type: ignore[misc]
-    assert told.wait(PATIENCE)
+    assert all(told.acquire(timeout=PATIENCE) for _ in range(5))
     assert done == list(range(5))
     porter.carry(lambda: 1 // 0, done.append)  # type: ignore[arg-type, return-value]
     entered, go_on = threading.Event(), threading.Event()
