@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import multiprocessing
 import sys
@@ -182,7 +183,7 @@ class ProcessPoolExecutor(Executor):
 
     def _start(self) -> None:
         if self._engine.broken is not None:
-            raise self._engine.broken
+            raise copy.copy(self._engine.broken)  # each its own, with a traceback of its own
         if self._engine.closing:
             raise RuntimeError(_AFTER_SHUTDOWN)
         try:

@@ -30,6 +30,7 @@ class Porter:
         self._open: dict[int, Callable[[BaseException], None]] = {}
         self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
+        self._busy = False
 
     @property
     def left(self) -> int:
@@ -68,22 +69,21 @@ class Porter:
     def join(self) -> None:
         """Wait for the thread to end, unless it is busy with something that was given up."""
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(None if self._waits else 0)
-
-    _waits = True  # for the next thing, or about to
+            self._thread.join(0 if self._busy else None)
 
     def _run(self) -> None:
         while (taken := self._things.get()) is not None:
             number, thing = taken
             del taken
-            if number in self._open:
-                self._waits = False
+            self._busy = True  # before it is looked whether `end` has been here
+            dropped = self._open.get(number)
+            if dropped is not None:
                 try:
                     thing()
-                except BaseException:
+                except BaseException as error:
                     logger.exception("what was carried failed")
-                finally:
-                    self._waits = True
-            del thing  # it may be the last to have a result
+                    dropped(error)
+            self._busy = False
+            del thing, dropped  # they may be the last to have a result
             self._open.pop(number, None)
             self._told()

@@ -147,6 +147,8 @@ def test_a_porter_s_order_and_its_end() -> None:
     assert all(told.acquire(timeout=PATIENCE) for _ in range(5))
     assert done == list(range(5))
     porter.carry(lambda: 1 // 0, done.append)  # type: ignore[arg-type, return-value]
+    assert told.acquire(timeout=PATIENCE)
+    assert isinstance(done.pop(), ZeroDivisionError)
     entered, go_on = threading.Event(), threading.Event()
     porter.carry(lambda: (entered.set(), go_on.wait(PATIENCE)), done.append)  # type: ignore[arg-type, return-value]
     porter.carry(lambda: done.append("never"), done.append)
