@@ -53,6 +53,8 @@ def check_options(
     if MAX_WORKERS is not None and processes > MAX_WORKERS:
         raise ValueError(f"{processes} processes: this system can wait for at most {MAX_WORKERS}")
     check_timeout("task_timeout", task_timeout)
+    if start_timeout is None:
+        raise TypeError("start_timeout must be seconds, not None; math.inf is no limit")
     check_timeout("start_timeout", start_timeout)
     if operator.index(retries) < 0:
         raise ValueError(f"retries must be 0 or more, not {retries!r}")

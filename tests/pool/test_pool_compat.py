@@ -107,6 +107,7 @@ def test_pools_that_cannot_be_made(pool_type: Any, arguments: dict[str, Any], er
         ({"task_timeout": "2"}, TypeError, "task_timeout must be seconds or None, not '2'"),
         ({"task_timeout": float("nan")}, ValueError, "task_timeout must be positive seconds or None, not nan"),
         ({"retries": 1.5}, TypeError, "integer"),
+        ({"start_timeout": None}, TypeError, "start_timeout must be seconds, not None"),
         ({"max_shared_bytes": -1}, ValueError, "max_shared_bytes must be positive or None, not -1"),
     ],
 )
