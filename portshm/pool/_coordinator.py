@@ -925,13 +925,14 @@ class Coordinator:
                     slot.batch = None
             jobs, self._jobs = self._jobs, set()
         self._settle_all(entries, error)
-        self._porter.end(error)
         for job in jobs:
             job.abort(error)
         self._release()
 
     def _release(self) -> None:
-        """Give everything back to the system."""
+        """Give everything back to the system, and let go of what refers to us."""
+        self._starts.end()
+        self._porter.end(self._end_error())
         for worker in self._workers:
             worker.close()
         self._store.close()
@@ -939,7 +940,7 @@ class Coordinator:
         self._close_pipes()
         if self._callbacks is not None:
             self._callbacks.put(None)
-        stay, self._stay_at_exit = self._stay_at_exit, None  # it refers to us
+        stay, self._stay_at_exit = self._stay_at_exit, None
         if stay is not None:
             stay()
 

@@ -16,6 +16,10 @@ __all__ = ["Porter"]
 logger = logging.getLogger("portshm")
 
 
+def _nothing() -> None:
+    pass
+
+
 class Porter:
     """Carries out one thing after the other. The thread starts with the first.
 
@@ -64,6 +68,7 @@ class Porter:
             dropped = self._open.pop(number, None)
             if dropped is not None:
                 dropped(error)
+        self._told = _nothing  # or who gave it would be kept until the next garbage collection
         self._things.put(None)
 
     def join(self) -> None:

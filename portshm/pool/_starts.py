@@ -28,6 +28,10 @@ _MAX_LATER_FAILURES: Final = 20
 _QUICK_DEATH: Final = 0.5
 
 
+def _nothing(_: object) -> None:
+    pass
+
+
 class Starts:
     """The starts of one pool. By the coordinator's loop, but for `more` and `leave_to_the_loop`: by any thread."""
 
@@ -68,9 +72,11 @@ class Starts:
             self._held_back = []
 
     def end(self) -> None:
-        """Start no more on demand; whoever was at it has done so."""
+        """Start no more; whoever was at it has done so."""
         with self._lock:
             self._held_back = []
+        self._due.clear()
+        self._launch = self._give_up = _nothing  # or who gave them would be kept until the next garbage collection
 
     # -- after a death
 

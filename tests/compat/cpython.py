@@ -30,7 +30,14 @@ EXCLUDED = {
 
 
 class Pool(portshm.pool.Pool):
-    """Adapted: ours replaces its workers by itself, so there is nothing for a test to call."""
+    """Adapted: ours replaces its workers by itself, so there is nothing for a test to call.
+
+    One that all tests of a class share must not start a thread in one of them, which would be taken for a leak.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert self._engine._porter.ident is not None
 
     def _repopulate_pool(self) -> None:
         pass

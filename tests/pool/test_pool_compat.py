@@ -385,3 +385,33 @@ def test_a_pool_whose_processes_cannot_be_started_leaves_none(pool_type: Any) ->
         pool_type(4, context=context)
     assert len(context.made) == 3
     assert not any(process.is_alive() for process in context.made[:2])
+
+
+def nothing(thing: Thing) -> None:
+    pass
+
+
+@pytest.mark.skipif(CONTEXT.get_start_method() != "fork", reason="needs nothing to be pickled")
+@pytest.mark.parametrize("end", ["terminate", "close", "shutdown"])
+def test_what_a_pool_was_made_with_goes_with_it(end: str) -> None:
+    """At once, not at the next garbage collection: it may be a queue, with semaphores."""
+    thing = Thing()
+    alive = weakref.ref(thing)
+    gc.collect()
+    gc.disable()
+    try:
+        if end == "shutdown":
+            executor = portshm.pool.ProcessPoolExecutor(1, CONTEXT, nothing, (thing,))
+            assert executor.submit(abs, -1).result() == 1
+            executor.shutdown()
+            del executor
+        else:
+            pool = portshm.pool.Pool(1, nothing, (thing,), context=CONTEXT)
+            assert pool.map(complex, [1, 2]) == [1, 2]  # by way of the porter
+            pool.close() if end == "close" else pool.terminate()
+            pool.join()
+            del pool
+        del thing
+        assert alive() is None
+    finally:
+        gc.enable()
