@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from portshm.pool import Pool
-from portshm.pool._messages import Done, encode
+from portshm.pool._wire.messages import Done, encode
 
 FOREVER = 600.0  # seconds; whoever sleeps that long is killed
 

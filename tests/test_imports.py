@@ -22,6 +22,8 @@ LEVELS = {
     "_backends": 2,
     "_shared_mem": 3,
     "_reaper": 3,
+    "_large_bytes": 3,
+    "_payload": 3,
     "locked": 4,
     "pool": 4,
     "_map_job": 5,
@@ -42,16 +44,16 @@ APART = {
     "locked": {"pool"},
     "pool": {"locked"},
     # The scheduler is pure state, and the child's side never looks at the parent's.
-    "pool/_scheduler": {"pool/_worker", "pool/_coordinator", "pool/_server", "_shared_mem", "_backends"},
-    "pool/_server": {"pool/_worker", "pool/_coordinator", "pool/_scheduler", "pool/_pool", "pool/_executor"},
+    "pool/_engine/scheduler": {"pool/_engine/worker", "pool/_engine/coordinator", "_shared_mem", "_backends"},
 }
 
 IMPURE = {"multiprocessing", "os", "subprocess", "threading", "time", "selectors", "signal", "mmap"}
 
-# Besides _backends/ and pool/_exit_status.py; each owns one difference, named here.
+# Besides _backends/ and pool/_engine/exit_status.py; each owns one difference, named here.
 PLATFORM_FILES = {
-    "pool/_pipe.py": "Windows reads and writes its pipes by whole messages",
-    "pool/_waiter.py": "Windows waits for handles, POSIX for descriptors",
+    "pool/_wire/pipe.py": "Windows reads and writes its pipes by whole messages",
+    "pool/_interrupts.py": "Windows has no signal masks, and only Linux kills by a pipe's end",
+    "pool/_engine/waiter.py": "Windows waits for handles, POSIX for descriptors",
 }
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
@@ -117,14 +119,14 @@ def test_only_locked_imports_filelock_and_nobody_numpy(file: str) -> None:
 
 
 def test_the_scheduler_knows_no_process_pipe_or_clock() -> None:
-    if "pool/_scheduler.py" not in FILES:
+    if "pool/_engine/scheduler.py" not in FILES:
         pytest.skip("no scheduler yet")
-    assert not {target.removeprefix("outside:") for target, _ in imports_of("pool/_scheduler.py")} & IMPURE
+    assert not {target.removeprefix("outside:") for target, _ in imports_of("pool/_engine/scheduler.py")} & IMPURE
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_the_platform_is_asked_for_in_few_places(file: str) -> None:
-    if file.startswith("_backends/") or file == "pool/_exit_status.py" or file in PLATFORM_FILES:
+    if file.startswith("_backends/") or file == "pool/_engine/exit_status.py" or file in PLATFORM_FILES:
         return
     for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

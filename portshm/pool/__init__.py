@@ -1,6 +1,6 @@
 """Process pools that survive their workers: drop-ins for the standard library's two."""
 
-from ._coordinator import WorkerStats
+from ._engine.coordinator import WorkerStats
 from ._executor import ProcessPoolExecutor
 from ._pool import Pool
 from ._results import AsyncResult, IMapIterator, MapResult

@@ -18,12 +18,12 @@ from typing import Any, Final, Literal, TypeVar
 
 from .._backends import Backend
 from ..errors import WorkerCrashed
-from ._coordinator import ClosedError, Coordinator, WorkerStats
+from ._engine.coordinator import ClosedError, Coordinator, WorkerStats
+from ._engine.scheduler import Job
+from ._engine.worker import WorkerSettings
 from ._pool import check_options, default_processes, end_engine, feed
 from ._results import Condition, EndOfResultsError, IMapJob, NoResultError, OnCrash
-from ._scheduler import Job
-from ._slot import Mode
-from ._worker import WorkerSettings
+from ._wire.slot_memory import Mode
 
 __all__ = ["ProcessPoolExecutor"]
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from .._backends import Backend
 from ..errors import PoolError
-from ._coordinator import Coordinator, WorkerStats
+from ._engine.coordinator import Coordinator, WorkerStats
+from ._engine.scheduler import Chunk
+from ._engine.waiter import MAX_WORKERS
+from ._engine.worker import WorkerSettings
 from ._results import AsyncResult, IMapIterator, IMapJob, IMapUnorderedJob, MapJob, MapResult, OnCrash
-from ._scheduler import Chunk
-from ._slot import Mode
-from ._waiter import MAX_WORKERS
-from ._worker import WorkerSettings
+from ._wire.slot_memory import Mode
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -21,8 +21,8 @@ from multiprocessing.pool import MaybeEncodingError  # type: ignore[attr-defined
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from ..errors import PoolError, WorkerCrashed
-from ._scheduler import Job
-from ._slot import Mode
+from ._engine.scheduler import Job
+from ._wire.slot_memory import Mode
 
 __all__ = [
     "AsyncResult",

@@ -18,8 +18,9 @@ import pytest
 
 from portshm import SharedMem
 from portshm.errors import WorkerCrashed
-from portshm.pool import Pool, _regions
-from portshm.pool._loading import Loader, NoRoomError
+from portshm.pool import Pool
+from portshm.pool._engine import regions as _regions
+from portshm.pool._engine.sending import Loader, NoRoomError
 from tests.tasks import note, noted, same, wait_for
 
 MakePool = Callable[..., Pool]

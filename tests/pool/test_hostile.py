@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from portshm import PoolError, TaskTimeoutError, TransportError, WorkerCrashed, WorkerStartError
-from portshm.pool import Pool, ProcessPoolExecutor, _coordinator
-from portshm.pool._worker import Worker
+from portshm.pool import Pool, ProcessPoolExecutor
+from portshm.pool._engine import coordinator as _coordinator
+from portshm.pool._engine.worker import Worker
 from tests import tasks
 from tests.children import environment
 from tests.pool.waiting import gone, running, until

@@ -1,0 +1,1 @@
+"""The worker's side. It knows nothing of the parent's."""
