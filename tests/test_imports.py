@@ -33,6 +33,22 @@ LEVELS = {
     "__main__": 6,
 }
 
+# The floors of the pool, from the ground up: the child's side and the parent's know nothing of each other but `serve`,
+# which the parent starts, and the engine nothing of the two pools that are made of it.
+POOL_LEVELS = {
+    "pool/_interrupts": 0,
+    "pool/_wire": 1,
+    "pool/_work": 2,
+    "pool/_child": 3,
+    "pool/_engine": 4,
+    "pool/_options": 5,
+    "pool/_results": 5,
+    "pool/_feeding": 6,
+    "pool/_pool": 7,
+    "pool/_executor": 8,
+    "pool": 9,
+}
+
 # What goes beyond the levels. Left of the colon may not import right of it, whatever the levels say.
 APART = {
     "_header": {"_region", "_buffers", "_backends"},
@@ -44,15 +60,19 @@ APART = {
     "locked": {"pool"},
     "pool": {"locked"},
     # The scheduler is pure state, and the child's side never looks at the parent's.
+    # The child's side never looks at the parent's, and the scheduler is pure state.
+    "pool/_child/server": {"pool/_work", "pool/_engine"},
     "pool/_engine/scheduler": {"pool/_engine/worker", "pool/_engine/coordinator", "_shared_mem", "_backends"},
 }
 
 IMPURE = {"multiprocessing", "os", "subprocess", "threading", "time", "selectors", "signal", "mmap"}
 
-# Besides _backends/ and pool/_engine/exit_status.py; each owns one difference, named here.
+# Besides _backends/; each owns one difference, named here.
 PLATFORM_FILES = {
     "pool/_wire/pipe.py": "Windows reads and writes its pipes by whole messages",
     "pool/_interrupts.py": "Windows has no signal masks, and only Linux kills by a pipe's end",
+    "pool/_engine/exit_status.py": "only Linux tells of kills for want of memory",
+    "pool/_engine/channel.py": "pipes of Windows cannot be set not to wait",
     "pool/_engine/waiter.py": "Windows waits for handles, POSIX for descriptors",
 }
 
@@ -66,6 +86,10 @@ def module_of(file: str) -> str:
 def group_of(module: str) -> str:
     first = module.partition("/")[0]
     return "_bench" if first.startswith("_bench") else first
+
+
+def pool_group_of(module: str) -> str:
+    return "/".join(module.split("/")[:2])
 
 
 def imports_of(file: str) -> Iterator[tuple[str, int]]:
@@ -104,6 +128,16 @@ def test_imports_go_down(file: str) -> None:
         assert not {target, theirs} & forbidden, f"{file}:{line} imports {target}"
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("pool/")])
+def test_imports_go_down_inside_the_pool(file: str) -> None:
+    mine = pool_group_of(module_of(file))
+    for target, line in imports_of(file):
+        theirs = pool_group_of(target)
+        if theirs.startswith("pool"):
+            inside = mine == theirs or POOL_LEVELS[theirs] < POOL_LEVELS[mine]
+            assert inside, f"{file}:{line} imports {target}, which is above it"
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_nothing_imports_locked_or_the_command_line(file: str) -> None:
     targets = {target for target, _ in imports_of(file)}
@@ -118,15 +152,15 @@ def test_only_locked_imports_filelock_and_nobody_numpy(file: str) -> None:
     assert "numpy" not in outside or file.startswith("_bench")
 
 
-def test_the_scheduler_knows_no_process_pipe_or_clock() -> None:
-    if "pool/_engine/scheduler.py" not in FILES:
-        pytest.skip("no scheduler yet")
-    assert not {target.removeprefix("outside:") for target, _ in imports_of("pool/_engine/scheduler.py")} & IMPURE
+@pytest.mark.parametrize("module", ["scheduler", "backlog", "deadlines", "deaths", "life", "starts"])
+def test_what_is_pure_knows_no_process_pipe_or_clock(module: str) -> None:
+    targets = imports_of(f"pool/_engine/{module}.py")
+    assert not {target.removeprefix("outside:") for target, _ in targets} & IMPURE
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_the_platform_is_asked_for_in_few_places(file: str) -> None:
-    if file.startswith("_backends/") or file == "pool/_engine/exit_status.py" or file in PLATFORM_FILES:
+    if file.startswith("_backends/") or file in PLATFORM_FILES:
         return
     for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

@@ -18,12 +18,14 @@ from typing import Any, Final, Literal, TypeVar
 
 from .._backends import Backend
 from ..errors import WorkerCrashed
-from ._engine.coordinator import ClosedError, Coordinator, WorkerStats
-from ._engine.scheduler import Job
+from ._engine.coordinator import ClosedError, Coordinator, PoolOptions, WorkerStats
 from ._engine.worker import WorkerSettings
-from ._pool import check_options, default_processes, end_engine, feed
-from ._results import Condition, EndOfResultsError, IMapJob, NoResultError, OnCrash
+from ._feeding import feed
+from ._options import check_options, default_processes
+from ._pool import end_engine
+from ._results import Condition, EndOfResultsError, IMapJob, NoResultError
 from ._wire.slot_memory import Mode
+from ._work import Chunk, Engine, Job, OnCrash, TaskOptions
 
 __all__ = ["ProcessPoolExecutor"]
 
@@ -49,32 +51,28 @@ class _CallFuture(Future[Any]):
 class _Call(Job):
     """One submitted call, which settles its future."""
 
-    __slots__ = ("_engine", "_on_crash", "begun", "future")
+    __slots__ = ("_attempts", "_begun", "_call", "_engine", "_options", "future")
 
-    def __init__(self, engine: Coordinator, call: tuple[Any, tuple[Any, ...], dict[str, Any]], face: Any) -> None:
-        super().__init__()
-        self.timeout = face._timeout
-        self.retries = face._retries
-        self._on_crash = face._on_crash
+    def __init__(self, engine: Engine, call: tuple[Any, tuple[Any, ...], dict[str, Any]], options: TaskOptions) -> None:
+        self._options = options
+        self._attempts = None
         self._engine = engine
-        self.call = call
-        self.begun = False
+        self._call = call
+        self._begun = False
         self.future = _CallFuture()
 
-    def begin(self) -> bool:
+    def _begin(self) -> bool:
         # Once: what is put back after a crash is running already in its caller's eyes.
-        if not self.begun:
-            self.begun = self.future.set_running_or_notify_cancel()
-        return self.begun
+        if not self._begun:
+            self._begun = self.future.set_running_or_notify_cancel()
+        return self._begun
 
-    def unpicklable(self, value: str, reason: BaseException) -> BaseException:
+    def _unpicklable(self, value: str, reason: BaseException) -> BaseException:
         return reason
 
-    def settle(self, ok: bool, value: Any) -> None:
-        if self.call is None:
-            return  # the pool has ended, and with it this, while its result was being unpickled
-        self.call = None
-        if not ok and self._on_crash == "return" and isinstance(value, WorkerCrashed):
+    def _settle(self, ok: bool, value: Any) -> None:
+        self._call = None
+        if not ok and self._options.on_crash == "return" and isinstance(value, WorkerCrashed):
             ok = True
         if self.future.calls_back:
             # A callback is user code and may take its time, which the loop has not got.
@@ -83,7 +81,7 @@ class _Call(Job):
             self._finish(ok, value)
 
     def _finish(self, ok: bool, value: Any) -> None:
-        if not self.begin():
+        if not self._begin():
             return  # cancelled before it was sent
         if ok:
             self.future.set_result(value)
@@ -94,16 +92,14 @@ class _Call(Job):
 class _ExecutorMap(IMapJob):
     """A map whose queued elements are dropped when nobody asks for their results any more."""
 
-    __slots__ = ()
-
-    def unpicklable(self, value: str, reason: BaseException) -> BaseException:
+    def _unpicklable(self, value: str, reason: BaseException) -> BaseException:
         return reason
 
-    def begin(self) -> bool:
-        return not self.abandoned
+    def _begin(self) -> bool:
+        return not self._abandoned
 
-    def fail(self, index: int, error: BaseException) -> None:
-        super().fail(index, _with_own_cause(error))
+    def _fail(self, index: int, error: BaseException) -> None:
+        super()._fail(index, _with_own_cause(error))
 
 
 def _with_own_cause(error: BaseException) -> BaseException:
@@ -140,12 +136,10 @@ class ProcessPoolExecutor(Executor):
         self._max_workers = default_processes() if max_workers is None else max_workers
         if self._max_workers <= 0:
             raise ValueError("max_workers must be greater than 0")
-        check_options(
-            self._max_workers, task_timeout=task_timeout, retries=retries, on_crash=on_crash,
+        self._options = check_options(
+            self._max_workers, initializer, task_timeout=task_timeout, retries=retries, on_crash=on_crash,
             start_timeout=start_timeout, max_shared_bytes=max_shared_bytes,
         )  # fmt: skip
-        if initializer is not None and not callable(initializer):
-            raise TypeError("initializer must be a callable")
         if max_tasks_per_child is not None and not isinstance(max_tasks_per_child, int):
             raise TypeError("max_tasks_per_child must be an integer")
         if max_tasks_per_child is not None and max_tasks_per_child <= 0:
@@ -155,18 +149,12 @@ class ProcessPoolExecutor(Executor):
         elif max_tasks_per_child is not None and mp_context.get_start_method(allow_none=False) == "fork":
             raise ValueError("max_tasks_per_child is incompatible with the 'fork' multiprocessing start method")
         self._mp_context = mp_context
-        self._timeout = task_timeout
-        self._retries = retries
-        self._on_crash: OnCrash = on_crash
+        # As the standard library's: what forks must do so before the engine's thread is there.
+        on_demand = mp_context.get_start_method(allow_none=False) != "fork"
         self._make_engine = functools.partial(
             Coordinator,
-            self._max_workers,
+            PoolOptions(self._max_workers, max_tasks_per_child, start_timeout, max_shared_bytes, on_demand),
             WorkerSettings(mp_context, backend, initializer, tuple(initargs), "Process"),
-            max_tasks=max_tasks_per_child,
-            start_timeout=start_timeout,
-            max_shared_bytes=max_shared_bytes,
-            # As the standard library's: what forks must do so before the engine's thread is there.
-            on_demand=mp_context.get_start_method(allow_none=False) != "fork",
             # Pending work is finished then, as with the standard library's executor.
             at_exit=_finish_engine,
         )
@@ -174,7 +162,7 @@ class ProcessPoolExecutor(Executor):
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         self._start()
-        call = _Call(self._engine, (fn, args, kwargs), self)
+        call = _Call(self._engine, (fn, args, kwargs), self._options)
         try:
             self._engine.submit(call)
         except ClosedError:
@@ -184,7 +172,7 @@ class ProcessPoolExecutor(Executor):
     def _start(self) -> None:
         if self._engine.broken is not None:
             raise copy.copy(self._engine.broken)  # each its own, with a traceback of its own
-        if self._engine.closing:
+        if self._engine.closed:
             raise RuntimeError(_AFTER_SHUTDOWN)
         try:
             self._engine.start()
@@ -213,7 +201,7 @@ class ProcessPoolExecutor(Executor):
         if buffersize is not None and buffersize < 1:
             raise ValueError("buffersize must be None or > 0")
         self._start()
-        job = _ExecutorMap(fn, Mode.STARMAP, self._engine, self._on_crash, self._timeout, self._retries, buffersize)
+        job = _ExecutorMap(fn, Mode.STARMAP, self._engine, self._options, buffersize)
         arguments = zip(*iterables, strict=False)
         results = _results(job, timeout)
         feed(self._engine, job, arguments if buffersize is not None else list(arguments), chunksize)
@@ -226,10 +214,10 @@ class ProcessPoolExecutor(Executor):
             for entry in self._engine.cancel_queued():
                 if isinstance(entry, _Call):
                     entry.future.cancel()
-                    entry.begin()  # tells those who wait for it
-                elif not isinstance(entry, Job) and isinstance(entry.job, IMapJob):
+                    entry._begin()  # tells those who wait for it
+                elif isinstance(entry, Chunk):
                     for index in range(entry.start, entry.start + len(entry)):
-                        entry.job.fail(index, CancelledError())
+                        entry.job._fail(index, CancelledError())
             self._engine.wake()
         if wait:
             self._engine.join()
@@ -300,14 +288,14 @@ def _results(job: _ExecutorMap, timeout: float | None) -> Iterator[Any]:
             while True:
                 try:
                     # Not by way of a variable, which would keep the result for as long as the caller has not asked on.
-                    yield job.next(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                    yield job._take_next(None if deadline is None else max(0.0, deadline - time.monotonic()))
                 except EndOfResultsError:
                     return
                 except NoResultError:
                     raise TimeoutError from None
         finally:
-            job.abandon()
+            job._abandon()
 
     results = iterate()
-    job.read_by(results)  # one that was never asked for anything does not come to its `finally`
+    job._read_by(results)  # one that was never asked for anything does not come to its `finally`
     return results

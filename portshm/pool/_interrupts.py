@@ -6,12 +6,14 @@ Both sides use it: the parent around what must not be half done, the worker for 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from types import FrameType
+from types import CodeType, FrameType, FunctionType
+from typing import Any
 
 __all__ = ["interrupts_blocked", "interrupts_deferred", "is_interrupt", "killed_at_hangup", "unblock_interrupts"]
 
@@ -59,11 +61,40 @@ def interrupts_deferred() -> Iterator[None]:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether it is Ctrl-C, which comes to the main thread wherever it is, rather than something that user code raised.
+    """Whether it came to the main thread from outside, rather than from the user code that was running there.
 
-    There the two cannot be told apart, and to take no heed of a Ctrl-C would be worse.
+    A KeyboardInterrupt, or whatever a signal handler of the program's has raised: an alarm's exception, SystemExit at
+    SIGTERM. A KeyboardInterrupt that user code raises itself cannot be told apart, and to take no heed of a Ctrl-C
+    would be worse.
     """
-    return isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread()
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    return isinstance(error, KeyboardInterrupt) or _came_through(error, _handlers())
+
+
+def _handlers() -> set[CodeType]:
+    """The code of all signal handlers that are written in Python."""
+    codes = set()
+    for number in signal.valid_signals():
+        handler: Any = signal.getsignal(number)
+        while isinstance(handler, functools.partial):
+            handler = handler.func
+        handler = getattr(handler, "__func__", handler)
+        if not isinstance(handler, FunctionType):
+            handler = vars(type(handler)).get("__call__")
+        if isinstance(handler, FunctionType):
+            codes.add(handler.__code__)
+    return codes
+
+
+def _came_through(error: BaseException, codes: set[CodeType]) -> bool:
+    """Whether one of these was executing when it was raised."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code in codes:
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def killed_at_hangup(descriptor: int) -> int | None:

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
-import numbers
-import operator
-import os
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from .._backends import Backend
-from ..errors import PoolError
-from ._engine.coordinator import Coordinator, WorkerStats
-from ._engine.scheduler import Chunk
-from ._engine.waiter import MAX_WORKERS
+from ._engine.coordinator import Coordinator, PoolOptions, WorkerStats
 from ._engine.worker import WorkerSettings
-from ._results import AsyncResult, IMapIterator, IMapJob, IMapUnorderedJob, MapJob, MapResult, OnCrash
+from ._feeding import feed, submission
+from ._options import check_options, default_processes, task_options
+from ._results import AsyncResult, IMapIterator, IMapJob, IMapUnorderedJob, MapResult
 from ._wire.slot_memory import Mode
+from ._work import Chunk, OnCrash
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Pool", "check_options", "default_processes", "end_engine", "feed"]
+__all__ = ["Pool", "end_engine"]
 
 T = TypeVar("T")
 
@@ -35,43 +30,6 @@ T = TypeVar("T")
 _NO_KEYWORDS: Final[dict[str, Any]] = {}
 
 _INIT, _RUN, _CLOSE, _TERMINATE = "INIT", "RUN", "CLOSE", "TERMINATE"
-
-
-def default_processes() -> int:
-    """As many as this process may use processors, as the standard library's pool of this Python counts them."""
-    count = getattr(os, "process_cpu_count", os.cpu_count)() or 1
-    return min(count, MAX_WORKERS or count)
-
-
-def check_options(
-    processes: int, *, task_timeout: float | None, retries: int, on_crash: str, start_timeout: float,
-    max_shared_bytes: int | None,
-) -> None:  # fmt: skip
-    """ValueError or TypeError for what no pool can be made with."""
-    if processes < 1:
-        raise ValueError("Number of processes must be at least 1")
-    if MAX_WORKERS is not None and processes > MAX_WORKERS:
-        raise ValueError(f"{processes} processes: this system can wait for at most {MAX_WORKERS}")
-    check_timeout("task_timeout", task_timeout)
-    if start_timeout is None:
-        raise TypeError("start_timeout must be seconds, not None; math.inf is no limit")
-    check_timeout("start_timeout", start_timeout)
-    if operator.index(retries) < 0:
-        raise ValueError(f"retries must be 0 or more, not {retries!r}")
-    if max_shared_bytes is not None and operator.index(max_shared_bytes) < 1:
-        raise ValueError(f"max_shared_bytes must be positive or None, not {max_shared_bytes!r}")
-    if on_crash not in ("raise", "return"):
-        raise ValueError(f"on_crash must be 'raise' or 'return', not {on_crash!r}")
-
-
-def check_timeout(name: str, seconds: float | None) -> None:
-    """TypeError or ValueError if it is no time limit."""
-    if seconds is None:
-        return
-    if not isinstance(seconds, numbers.Real):
-        raise TypeError(f"{name} must be seconds or None, not {seconds!r}")
-    if not seconds > 0:
-        raise ValueError(f"{name} must be positive seconds or None, not {seconds!r}")
 
 
 class Pool:
@@ -113,24 +71,15 @@ class Pool:
         self._state = _INIT
         self._ctx = context or multiprocessing.get_context()
         self._processes = default_processes() if processes is None else processes
-        check_options(
-            self._processes, task_timeout=task_timeout, retries=retries, on_crash=on_crash,
+        self._options = check_options(
+            self._processes, initializer, task_timeout=task_timeout, retries=retries, on_crash=on_crash,
             start_timeout=start_timeout, max_shared_bytes=max_shared_bytes,
         )  # fmt: skip
         if maxtasksperchild is not None and (not isinstance(maxtasksperchild, int) or maxtasksperchild <= 0):
             raise ValueError("maxtasksperchild must be a positive int or None")
-        if initializer is not None and not callable(initializer):
-            raise TypeError("initializer must be a callable")
-        self._timeout = task_timeout
-        self._retries = retries
-        self._on_crash: OnCrash = on_crash
-        settings = WorkerSettings(self._ctx, backend, initializer, tuple(initargs), "PoolWorker")
         self._engine = Coordinator(
-            self._processes,
-            settings,
-            max_tasks=maxtasksperchild,
-            start_timeout=start_timeout,
-            max_shared_bytes=max_shared_bytes,
+            PoolOptions(self._processes, maxtasksperchild, start_timeout, max_shared_bytes),
+            WorkerSettings(self._ctx, backend, initializer, tuple(initargs), "PoolWorker"),
             at_exit=end_engine,
         )
         self._engine.start()
@@ -168,12 +117,11 @@ class Pool:
     ) -> AsyncResult[T]:  # fmt: skip
         if self._state != _RUN:
             raise ValueError("Pool not running")
-        result = AsyncResult(
+        options = self._options if timeout is None else task_options(self._options, timeout)
+        return AsyncResult(
             func, args if type(args) is tuple else tuple(args), _NO_KEYWORDS if kwds is None else kwds, self._engine,
-            callback, error_callback, self._on_crash, self._limit(timeout), self._retries,
+            options, callback, error_callback, self,
         )  # fmt: skip
-        result.keeps = self
-        return result
 
     # -- maps
 
@@ -257,21 +205,12 @@ class Pool:
         items: Sequence[Any] = iterable if type(iterable) is range else list(iterable)
         if chunksize is not None and chunksize < 1:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
-        result = MapResult(
-            func, mode, self._engine, len(items), callback, error_callback, self._on_crash,
-            self._limit(timeout), self._retries, self,
-        )  # fmt: skip
+        options = task_options(self._options, timeout)
+        result = MapResult(func, mode, self._engine, options, len(items), callback, error_callback, self)
         if items:
             with submission(self._engine, result):
                 self._engine.submit(Chunk(result, 0, items, self._unit(len(items), chunksize)))
         return result
-
-    def _limit(self, timeout: float | None) -> float | None:
-        """Seconds for each element of a call, which may bring its own limit."""
-        if timeout is None:
-            return self._timeout
-        check_timeout("timeout", timeout)
-        return timeout
 
     def _unit(self, length: int, chunksize: int | None) -> int:
         if chunksize is not None:
@@ -296,7 +235,7 @@ class Pool:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
         if buffersize is not None and buffersize < 1:
             raise ValueError(f"buffersize must be 1+ or None, not {buffersize!r}")
-        job = kind(func, mode, self._engine, self._on_crash, self._limit(timeout), self._retries, buffersize)
+        job = kind(func, mode, self._engine, task_options(self._options, timeout), buffersize)
         results = IMapIterator(job, self)
         feed(self._engine, job, iterable, chunksize)
         return results
@@ -313,7 +252,7 @@ class Pool:
         """End at once: workers are terminated, and killed if that does not help; what is unfinished fails."""
         self._state = _TERMINATE
         self._engine.terminate()
-        self._engine.join()
+        self._engine.join(callbacks=False)
 
     def join(self) -> None:
         """Wait for the workers to leave, after `close` or `terminate`."""
@@ -372,52 +311,3 @@ def end_engine(engine: Coordinator) -> None:
     if not engine.inherited:
         engine.terminate()
         engine.join()
-
-
-@contextlib.contextmanager
-def submission(engine: Coordinator, job: MapJob) -> Iterator[None]:
-    """While the elements of a job are submitted. If that is interrupted it has ended: nobody has got its results."""
-    try:
-        engine.add_job(job)
-        yield
-    except BaseException:
-        job.abort(PoolError("interrupted as it was submitted"))
-        raise
-
-
-def feed(engine: Coordinator, job: IMapJob, iterable: Iterable[Any], chunksize: int) -> None:
-    """Queue the elements of an iterable; read by a thread as we go, unless they are all there already."""
-    listed = isinstance(iterable, (list, tuple)) and job.buffersize is None
-    items = iter(iterable)
-    with submission(engine, job):
-        if listed:
-            elements = list(items)
-            if elements:
-                engine.submit(Chunk(job, 0, elements, chunksize))
-            job.input_ended(len(elements))
-            return
-        # A chunk larger than what may be read ahead would never be complete.
-        unit = chunksize if job.buffersize is None else min(chunksize, job.buffersize)
-        thread = threading.Thread(target=_feed, args=(engine, job, items, unit), name="portshm-feeder", daemon=True)
-        thread.start()
-
-
-def _feed(engine: Coordinator, job: IMapJob, items: Iterator[Any], unit: int) -> None:
-    read, chunk, error = 0, [], None
-    while job.wait_for_room():
-        try:
-            chunk.append(next(items))
-        except StopIteration:
-            break
-        except BaseException as problem:  # the user's code; it is raised where its element would have been
-            error = problem
-            # An incomplete chunk is not executed then, and the exception comes in its place.
-            read, chunk = read - len(chunk), []
-            break
-        read += 1
-        if len(chunk) == unit:
-            engine.submit(Chunk(job, read - unit, chunk, unit))
-            chunk = []
-    if chunk:
-        engine.submit(Chunk(job, read - len(chunk), chunk, unit))
-    job.input_ended(read, error or job.stopped)

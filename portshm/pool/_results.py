@@ -1,7 +1,7 @@
-"""What the faces hand out: results of calls and maps, and iterators over results.
+"""What the pools hand out: results of calls and maps, and iterators over results.
 
-The coordinator's loop settles them; any thread may wait for them. No user code runs here on the loop's thread: a
-result with a callback is settled by the coordinator's callback thread.
+The engine ends them, in its loop, its serial thread or the calling thread; any thread may wait for them. No user code
+runs here on the loop's thread: a result with a callback is ended by the callback thread.
 """
 
 from __future__ import annotations
@@ -18,81 +18,53 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.pool import MaybeEncodingError  # type: ignore[attr-defined]
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-from ..errors import PoolError, WorkerCrashed
-from ._engine.scheduler import Job
+from ..errors import WorkerCrashed
 from ._wire.slot_memory import Mode
+from ._work import Engine, Job, MapJob, TaskOptions
 
 __all__ = [
     "AsyncResult",
     "Condition",
     "EndOfResultsError",
-    "Engine",
     "IMapIterator",
     "IMapJob",
     "IMapUnorderedJob",
-    "MapJob",
     "MapResult",
     "NoResultError",
-    "OnCrash",
+    "Outcome",
 ]
 
 T = TypeVar("T")
 
-OnCrash = Literal["raise", "return"]
-
 logger = logging.getLogger("portshm")
 
-_ids = itertools.count(1)
+# Held for two assignments: without it a waiter that comes as the result does may be missed, unless the interpreter's
+# lock orders what two threads see. One for all results: each is waited for once or twice, and there may be a million.
+_ending = _thread.allocate_lock()
 
 
-class Engine(Protocol):
-    """What a result needs of the coordinator."""
-
-    def later(self, action: Callable[[], None]) -> None:
-        """Run `action` on the callback thread."""
-
-    def forget(self, job: MapJob) -> None:
-        """All elements of the job are settled."""
-
-
-class AsyncResult(Job, Generic[T]):
-    """Result of a single call: `multiprocessing.pool.AsyncResult`."""
-
-    cancellable = False
+class Outcome(Generic[T]):
+    """What callers wait for: ready, or not yet. Ended once, by whoever the elements belong to at that moment."""
 
     __slots__ = (
-        "__weakref__", "_callback", "_engine", "_error_callback", "_ok", "_on_crash", "_ready", "_value", "_waiters",
-        "keeps",
+        "__weakref__", "_callback", "_engine", "_error_callback", "_keeps", "_ok", "_ready", "_value", "_waiters",
     )  # fmt: skip
 
     def __init__(
         self,
-        function: Callable[..., T],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
         engine: Engine,
-        callback: Callable[[T], object] | None = None,
-        error_callback: Callable[[BaseException], object] | None = None,
-        on_crash: OnCrash = "raise",
-        timeout: float | None = None,
-        retries: int = 0,
+        callback: Callable[[T], object] | None,
+        error_callback: Callable[[BaseException], object] | None,
+        keeps: object,
     ) -> None:
-        # Not through Job.__init__: this is the one object that every single call has to make.
-        self.timeout = timeout
-        self.retries = retries
-        self.attempts = None  # pace and weight are the scheduler's, for calls
-        self.call = function, args, kwargs
         self._engine = engine
         self._callback = callback
         self._error_callback = error_callback
-        self._on_crash = on_crash
-        self.keeps: object = None  # the pool, which must not be collected, and so ended, before this has ended
+        self._keeps = keeps  # the pool, which must not be collected, and so ended, before this has ended
         self._ready = False
         self._waiters: list[_thread.LockType] | None = None
-
-    # -- for the user
 
     def ready(self) -> bool:
         """Whether the call has ended, one way or the other."""
@@ -108,16 +80,15 @@ class AsyncResult(Job, Generic[T]):
         """Wait until it has ended, at most `timeout` seconds."""
         if self._ready:
             return
-        # A lock of the waiter's own, made only if there is something to wait for. `settle` sets `_ready` and then
-        # looks for waiters, this adds a waiter and then looks at `_ready`: one of the two sees the other.
+        # A lock of the waiter's own, made only if there is something to wait for.
         lock = _thread.allocate_lock()
         lock.acquire()
-        waiters = self._waiters
-        if waiters is None:
-            waiters = self._waiters = []
-        waiters.append(lock)
-        if self._ready:
-            return
+        with _ending:
+            if self._ready:
+                return
+            if self._waiters is None:
+                self._waiters = []
+            self._waiters.append(lock)
         lock.acquire(timeout=-1 if timeout is None else min(max(timeout, 0.0), threading.TIMEOUT_MAX))
 
     def get(self, timeout: float | None = None) -> T:
@@ -141,17 +112,7 @@ class AsyncResult(Job, Generic[T]):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {'ready' if self._ready else 'pending'} at {id(self):#x}>"
 
-    # -- for the coordinator
-
-    def unpicklable(self, value: str, reason: BaseException) -> BaseException:
-        return _encoding_error(value, reason)
-
-    def settle(self, ok: bool, value: Any) -> None:
-        if self.call is None:
-            return  # the pool has ended, and with it this, while its result was being unpickled
-        if not ok and self._on_crash == "return" and isinstance(value, WorkerCrashed):
-            ok = True
-        self.call = None  # the result may live long; what it was computed from need not
+    def _end(self, ok: bool, value: Any) -> None:
         if self._callback is None and self._error_callback is None:
             self._finish(ok, value)
         else:
@@ -172,15 +133,55 @@ class AsyncResult(Job, Generic[T]):
     def _finish(self, ok: bool, value: Any) -> None:
         self._ok = ok
         self._value = value
-        self.keeps = None
-        self._ready = True
-        waiters = self._waiters
+        self._keeps = None
+        with _ending:
+            self._ready = True
+            waiters, self._waiters = self._waiters, None
         if waiters is not None:
             for lock in waiters:
                 try:
                     lock.release()
                 except RuntimeError:
                     pass  # that waiter has given up
+
+
+class AsyncResult(Job, Outcome[T]):
+    """Result of a single call: `multiprocessing.pool.AsyncResult`."""
+
+    __slots__ = ("_attempts", "_call", "_options")
+
+    _cancellable = False
+
+    def __init__(
+        self,
+        function: Callable[..., T],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        engine: Engine,
+        options: TaskOptions,
+        callback: Callable[[T], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+        keeps: object = None,
+    ) -> None:
+        # Not through Outcome.__init__: this is the one object that every single call has to make.
+        self._options = options
+        self._attempts = None
+        self._call = function, args, kwargs
+        self._engine = engine
+        self._callback = callback
+        self._error_callback = error_callback
+        self._keeps = keeps
+        self._ready = False
+        self._waiters = None
+
+    def _unpicklable(self, value: str, reason: BaseException) -> BaseException:
+        return _encoding_error(value, reason)
+
+    def _settle(self, ok: bool, value: Any) -> None:
+        if not ok and self._options.on_crash == "return" and isinstance(value, WorkerCrashed):
+            ok = True
+        self._call = None  # the result may live long; what it was computed from need not
+        self._end(ok, value)
 
 
 class Condition(threading.Condition):
@@ -194,139 +195,85 @@ class Condition(threading.Condition):
     __exit__ = property(operator.attrgetter("_lock.__exit__"))
 
 
-class MapJob(Job):
-    """The part of all map-like jobs that the coordinator deals with."""
+class MapResult(MapJob, Outcome[list[Any]]):
+    """Result of a whole map: `multiprocessing.pool.MapResult`.
 
-    __slots__ = ("_on_crash", "carried", "engine", "function", "id", "mode", "packed_function", "packing")
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        mode: Mode,
-        engine: Engine,
-        on_crash: OnCrash,
-        timeout: float | None,
-        retries: int,
-    ) -> None:
-        super().__init__()
-        self.id = next(_ids)
-        self.function = function
-        self.mode = mode
-        self.engine = engine
-        self.timeout = timeout
-        self.retries = retries
-        self.packed_function: Any = None  # the loader's
-        self.packing = threading.Lock()  # held by the thread that makes it
-        self.carried = False  # its results are delivered by the porter
-        self._on_crash = on_crash
-
-    def unpicklable(self, value: str, reason: BaseException) -> BaseException:
-        return _encoding_error(value, reason)
-
-    def deliver(self, start: int, values: list[Any]) -> None:
-        """Results of consecutive elements. The list is given away."""
-        raise NotImplementedError
-
-    def fail(self, index: int, error: BaseException) -> None:
-        """The exception of one element."""
-        raise NotImplementedError
-
-    def stop_reading(self, error: BaseException) -> None:
-        """Read no more of an input whose reading waits for its results to be taken; `error` is the next result."""
-
-    def drop(self, count: int) -> None:
-        """So many elements will not be executed, as `begin` wanted it."""
-        raise NotImplementedError
-
-    def abort(self, error: BaseException) -> None:
-        """Nothing more will come: the pool was terminated or is broken."""
-        raise NotImplementedError
-
-
-class MapResult(MapJob):
-    """Result of a whole map: `multiprocessing.pool.MapResult`."""
-
-    __slots__ = ("__weakref__", "_error", "_error_index", "_left", "_result", "_values")
+    `get` has the results in the order of the input, or raises the exception of the first element that raised one. It
+    waits until *all* elements have ended, as the standard library does.
+    """
 
     def __init__(
         self,
         function: Callable[..., Any],
         mode: Mode,
         engine: Engine,
+        options: TaskOptions,
         length: int,
         callback: Callable[[list[Any]], object] | None = None,
         error_callback: Callable[[BaseException], object] | None = None,
-        on_crash: OnCrash = "raise",
-        timeout: float | None = None,
-        retries: int = 0,
         keeps: object = None,
     ) -> None:
-        super().__init__(function, mode, engine, on_crash, timeout, retries)
+        if length == 0:  # as in the standard library
+            callback = error_callback = None
+        MapJob.__init__(self, function, mode, engine, options)
+        Outcome.__init__(self, engine, callback, error_callback, keeps)
         self._values: list[Any] = [None] * length
         self._left = length
         self._error: BaseException | None = None
         self._error_index = -1
-        if length == 0:  # as in the standard library
-            callback = error_callback = None
-        self._result: AsyncResult[list[Any]] = AsyncResult(_nothing, (), {}, engine, callback, error_callback)
-        self._result.keeps = keeps
         if length == 0:
-            self._end()
+            self._end_all()
 
-    def ready(self) -> bool:
-        return self._result.ready()
-
-    def successful(self) -> bool:
-        return self._result.successful()
-
-    def wait(self, timeout: float | None = None) -> None:
-        self._result.wait(timeout)
-
-    def begin(self) -> bool:
+    def _begin(self) -> bool:
         return self._left > 0  # an interrupted `map_async` has aborted it
 
-    def drop(self, count: int) -> None:
+    def _drop(self, count: int) -> None:
         pass
 
-    def get(self, timeout: float | None = None) -> list[Any]:
-        """The results in the order of the input, or the exception of the first element that raised one.
+    def _unpicklable(self, value: str, reason: BaseException) -> BaseException:
+        return _encoding_error(value, reason)
 
-        Waits until *all* elements have ended, as the standard library does.
-        """
-        return self._result.get(timeout)
-
-    def deliver(self, start: int, values: list[Any]) -> None:
-        if self._left:
+    def _deliver(self, start: int, values: list[Any]) -> None:
+        with self._lock:
+            if not self._left:
+                return  # aborted
             self._values[start : start + len(values)] = values
-            self._count(len(values))
+            ended = self._count(len(values))
+        if ended:
+            self._end_all()
 
-    def fail(self, index: int, error: BaseException) -> None:
-        if not self._left:
-            return
-        if self._on_crash == "return" and isinstance(error, WorkerCrashed):
-            self._values[index] = error
-        elif self._error is None or index < self._error_index:
-            self._error, self._error_index = error, index
-        self._count(1)
+    def _fail(self, index: int, error: BaseException) -> None:
+        with self._lock:
+            if not self._left:
+                return
+            if self._options.on_crash == "return" and isinstance(error, WorkerCrashed):
+                self._values[index] = error
+            elif self._error is None or index < self._error_index:
+                self._error, self._error_index = error, index
+            ended = self._count(1)
+        if ended:
+            self._end_all()
 
-    def abort(self, error: BaseException) -> None:
-        if self._left:
+    def _abort(self, error: BaseException) -> None:
+        with self._lock:
+            if not self._left:
+                return
             self._left = 0
             self._error = error
-            self._end()
+        self._end_all()
 
-    def _count(self, ended: int) -> None:
-        left = self._left = self._left - ended
-        if left == 0:
-            self._end()
+    def _count(self, ended: int) -> bool:
+        self._left -= ended
+        return self._left == 0
 
-    def _end(self) -> None:
+    def _end_all(self) -> None:
+        """By the one thread that has counted the last of them."""
         values, self._values = self._values, []
         if self._error is not None:
-            self._result.settle(False, self._error)
+            self._end(False, self._error)
         else:
-            self._result.settle(True, values)
-        self.engine.forget(self)
+            self._end(True, values)
+        self._engine.forget(self)
 
 
 class EndOfResultsError(Exception):
@@ -346,7 +293,7 @@ class IMapIterator:
 
     def __init__(self, job: IMapJob, keeps: object = None) -> None:
         self._job = job
-        job.read_by(self)
+        job._read_by(self)
         self._keeps = keeps  # the pool, which must not be collected, and so ended, while results are taken
 
     def __iter__(self) -> Iterator[Any]:
@@ -358,7 +305,7 @@ class IMapIterator:
     def next(self, timeout: float | None = None) -> Any:
         """The next result. `multiprocessing.TimeoutError` if there is none within `timeout` seconds."""
         try:
-            return self._job.next(timeout)
+            return self._job._take_next(timeout)
         except EndOfResultsError:
             raise StopIteration from None
         except NoResultError:
@@ -368,44 +315,26 @@ class IMapIterator:
 class IMapJob(MapJob):
     """The results of a map that are taken one by one, in the order of the input unless a subclass says otherwise."""
 
-    __slots__ = (
-        "__weakref__",
-        "_aborted",
-        "_ahead",
-        "_changed",
-        "_done",
-        "_length",
-        "_next",
-        "_reader",
-        "_ready",
-        "_room",
-        "abandoned",
-        "buffersize",
-        "stopped",
-    )  # fmt: skip
-
     def __init__(
         self,
         function: Callable[..., Any],
         mode: Mode,
         engine: Engine,
-        on_crash: OnCrash = "raise",
-        timeout: float | None = None,
-        retries: int = 0,
+        options: TaskOptions,
         buffersize: int | None = None,
     ) -> None:
-        super().__init__(function, mode, engine, on_crash, timeout, retries)
-        self._changed = Condition()
+        super().__init__(function, mode, engine, options)
+        self._changed = Condition(self._lock)
         self._ready: collections.deque[tuple[bool, Any]] = collections.deque()
         self._ahead: dict[int, tuple[bool, Any]] = {}  # what has ended before its turn
         self._next = 0  # the index whose turn it is
         self._done = 0  # elements that have ended
         self._length: int | None = None  # known when the input has ended
         self._aborted: BaseException | None = None
-        self.abandoned = False
+        self._abandoned = False
         self._reader: weakref.ref[Any] | None = None
-        self.stopped: BaseException | None = None  # what is raised in the place of input that was not read
-        self.buffersize = buffersize
+        self._stopped: BaseException | None = None  # what is raised in the place of input that was not read
+        self._buffersize = buffersize
         # A token for each element that may be read ahead. A SimpleQueue, because tokens are also put back by a
         # destructor, which may run inside any other lock's critical section.
         self._room: queue.SimpleQueue[object] | None = None
@@ -416,7 +345,7 @@ class IMapJob(MapJob):
 
     # -- for the user's iterator
 
-    def next(self, timeout: float | None) -> Any:
+    def _take_next(self, timeout: float | None) -> Any:
         """The next result, or the exception in its place. `EndOfResultsError`, `NoResultError`: there is neither."""
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
@@ -438,7 +367,7 @@ class IMapJob(MapJob):
             return value
         raise value
 
-    def read_by(self, reader: object) -> None:
+    def _read_by(self, reader: object) -> None:
         """Read no more of the input when `reader` is gone.
 
         A weak reference whose callback is in C, for an interrupt that comes in a destructor is lost, and so is what the
@@ -446,27 +375,27 @@ class IMapJob(MapJob):
         """
         self._reader = weakref.ref(reader, None if self._room is None else self._room.put)
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """Nobody will ask for results any more."""
-        self.abandoned = True
+        self._abandoned = True
         if self._room is not None:
             self._room.put(None)
 
     # -- for the feeder
 
-    def wait_for_room(self) -> bool:
+    def _wait_for_room(self) -> bool:
         """Block until one more element may be read from the input; False when nobody wants any."""
         if self._room is not None:
             self._room.get()
-        unread = self.abandoned or (self._reader is not None and self._reader() is None)
-        return self._aborted is None and self._length is None and self.stopped is None and not unread
+        unread = self._abandoned or (self._reader is not None and self._reader() is None)
+        return self._aborted is None and self._length is None and self._stopped is None and not unread
 
-    def stop_reading(self, error: BaseException) -> None:
+    def _stop_reading(self, error: BaseException) -> None:
         if self._room is not None:
-            self.stopped = error
+            self._stopped = error
             self._room.put(None)
 
-    def input_ended(self, length: int, error: BaseException | None = None) -> None:
+    def _input_ended(self, length: int, error: BaseException | None = None) -> None:
         """The input has `length` elements; `error` is what its iterator raised at the end."""
         if error is not None:
             self._put(length, [(False, error)])
@@ -479,29 +408,32 @@ class IMapJob(MapJob):
 
     # -- for the coordinator
 
-    def deliver(self, start: int, values: list[Any]) -> None:
+    def _unpicklable(self, value: str, reason: BaseException) -> BaseException:
+        return _encoding_error(value, reason)
+
+    def _deliver(self, start: int, values: list[Any]) -> None:
         outcomes = [(True, value) for value in values]
         values.clear()  # or the user's thread might find itself not to be the last one that has them
         self._put(start, outcomes)
         self._end_if_done()
 
-    def fail(self, index: int, error: BaseException) -> None:
-        self._put(index, [(self._on_crash == "return" and isinstance(error, WorkerCrashed), error)])
+    def _fail(self, index: int, error: BaseException) -> None:
+        self._put(index, [(self._options.on_crash == "return" and isinstance(error, WorkerCrashed), error)])
         self._end_if_done()
 
-    def drop(self, count: int) -> None:
+    def _drop(self, count: int) -> None:
         with self._changed:
             self._done += count
         self._end_if_done()
 
-    def abort(self, error: BaseException) -> None:
+    def _abort(self, error: BaseException) -> None:
         with self._changed:
             if self._length is None or self._done < self._length:
                 self._aborted = error
             self._changed.notify_all()
         if self._room is not None:
             self._room.put(None)  # the feeder looks up, and stops
-        self.engine.forget(self)
+        self._engine.forget(self)
 
     def _put(self, start: int, outcomes: list[tuple[bool, Any]]) -> None:
         with self._changed:
@@ -524,13 +456,11 @@ class IMapJob(MapJob):
         with self._changed:
             ended = self._length is not None and self._done >= self._length
         if ended:
-            self.engine.forget(self)
+            self._engine.forget(self)
 
 
 class IMapUnorderedJob(IMapJob):
     """The results in the order in which they come."""
-
-    __slots__ = ()
 
     def _add(self, start: int, outcomes: list[tuple[bool, Any]]) -> None:
         self._ready.extend(outcomes)
@@ -542,7 +472,3 @@ def _encoding_error(value: str, reason: BaseException) -> BaseException:
     error.value = value
     error.__cause__ = reason.__cause__
     return error  # type: ignore[no-any-return]
-
-
-def _nothing() -> Any:
-    raise PoolError("never called")

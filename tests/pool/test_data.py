@@ -20,7 +20,7 @@ from portshm import SharedMem
 from portshm.errors import WorkerCrashed
 from portshm.pool import Pool
 from portshm.pool._engine import regions as _regions
-from portshm.pool._engine.sending import Loader, NoRoomError
+from portshm.pool._engine.loading import Loader, NoRoomError
 from tests.tasks import note, noted, same, wait_for
 
 MakePool = Callable[..., Pool]
@@ -302,7 +302,7 @@ def test_one_argument_beyond_the_limit_is_sent_all_the_same(make_pool: MakePool)
 def test_a_function_that_could_not_be_sent_for_want_of_room_is_sent_later(
     make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, refused = Loader._store_parcel, []
+    store, refused = Loader._put_in_store, []
 
     def refuse_at_first(self: Loader, parcel: Any) -> Any:
         if len(refused) < 4:
@@ -310,7 +310,7 @@ def test_a_function_that_could_not_be_sent_for_want_of_room_is_sent_later(
             raise NoRoomError
         return store(self, parcel)
 
-    monkeypatch.setattr(Loader, "_store_parcel", refuse_at_first)
+    monkeypatch.setattr(Loader, "_put_in_store", refuse_at_first)
     pool = make_pool(2)
     assert pool.map(length, [PickleBuffer(bytearray(MB))] * 6, chunksize=1) == [MB] * 6
     assert len(refused) == 4

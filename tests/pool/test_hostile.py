@@ -19,7 +19,7 @@ import pytest
 
 from portshm import PoolError, TaskTimeoutError, TransportError, WorkerCrashed, WorkerStartError
 from portshm.pool import Pool, ProcessPoolExecutor
-from portshm.pool._engine import coordinator as _coordinator
+from portshm.pool._engine import turns as _turns
 from portshm.pool._engine.worker import Worker
 from tests import tasks
 from tests.children import environment
@@ -246,7 +246,7 @@ def test_an_element_that_overwrites_its_memory_and_dies_runs_nothing_twice(pool:
 
 
 def test_a_task_that_overwrites_its_memory_and_hangs(pool: Pool, log: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_coordinator, "_BEGUN_WITHIN", 0.1)
+    monkeypatch.setattr(_turns, "_BEGUN_WITHIN", 0.1)
     with pytest.raises(TaskTimeoutError):
         pool.apply_async(tasks.wipe_if, (log, 1, 1, "hang"), timeout=0.2).get(60)
     assert noted(log) == ["1"]
@@ -256,7 +256,7 @@ def test_a_task_that_overwrites_its_memory_and_hangs(pool: Pool, log: str, monke
 def test_an_idle_worker_that_is_stopped_keeps_no_element_with_a_deadline(
     make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_coordinator, "_BEGUN_WITHIN", 0.2)
+    monkeypatch.setattr(_turns, "_BEGUN_WITHIN", 0.2)
     pool = make_pool(2, task_timeout=2.0)
     until(lambda: [stats.state for stats in pool.stats()] == ["idle", "idle"], "idle workers")
     stopped = pool.stats()[0].pid
@@ -268,12 +268,12 @@ def test_an_idle_worker_that_is_stopped_keeps_no_element_with_a_deadline(
 def test_after_a_fault_of_the_coordinator_nobody_waits(make_pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make_pool(2)
 
-    def fail() -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(pool._engine, "_turn", fail)
+    monkeypatch.setattr(pool._engine._turns, "turn", fail)
     pool._engine.wake()
-    pool._engine._thread.join(60)
+    pool._engine._loop._thread.join(60)
     for _ in range(2):
         with pytest.raises(PoolError, match="a fault of ours"):
             pool.apply_async(inc, (1,)).get(60)
@@ -287,7 +287,7 @@ def test_memory_that_is_spoilt_before_its_worker_has_attached(
     def spoil_at_first(worker: Worker) -> None:
         check(worker)
         if worker.starts == 0:  # as a task of another worker might under fork, just then
-            worker.slot.mem.layout.store(memoryview(worker.slot.area.obj), "magic", b"\xff" * 8)
+            worker.memory.mem.layout.store(memoryview(worker.memory.area.obj), "magic", b"\xff" * 8)
 
     monkeypatch.setattr(Worker, "_check_memory", spoil_at_first)
     pool = make_pool(2)

@@ -268,7 +268,7 @@ if __name__ == "__main__":
         sibling = os.fork()
         if sibling == 0:
             time.sleep(600)
-    addresses = [worker.slot.mem.address for pool in pools for worker in pool._engine._workers]
+    addresses = [worker.memory.mem.address for pool in pools for worker in pool._engine._workers]
     print(sibling, *[stats.pid for pool in pools for stats in pool.stats()])
     print(*addresses, flush=True)
     time.sleep(600)
@@ -500,7 +500,7 @@ if __name__ == "__main__":
         print("no semaphores")
     with Pool(2, context=context) as pool:
         print(pool.map(tasks.inc, range(5)), sum(map(len, pool.map(tasks.filled, [(1, 100_000)] * 5))))
-        print(pool._engine._workers[0].slot.mem.address.name.rpartition("/")[0])
+        print(pool._engine._workers[0].memory.mem.address.name.rpartition("/")[0])
     with ProcessPoolExecutor(2, context) as pool:
         print(list(pool.map(tasks.inc, range(5))))
 """

@@ -68,6 +68,7 @@ class ServeArgs(NamedTuple):
 
     connection: AnyConnection
     life: AnyConnection  # never written to: end-of-file says that the coordinator is gone
+    recall: AnyConnection  # the coordinator asks here for what has not begun
     memory: str
     initializer: Callable[..., Any] | None
     initargs: tuple[Any, ...]
@@ -232,7 +233,7 @@ class _Server:
             finished = self._execute(call, items, elements)
             del items  # so that views nobody kept are gone before we say so
         elapsed = time.monotonic_ns() - began
-        self._pipe.send(Done(run.batch, finished, elapsed, self._take_released()))
+        self._pipe.send(Done(run.batch, finished, elapsed, 0, self._take_released()))
 
     def _load(self, run: Run) -> tuple[Callable[[Any], Any], Iterator[Any]]:
         """What to call with each of the items, and the items."""

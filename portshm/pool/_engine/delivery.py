@@ -12,11 +12,10 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from ..._payload import read_payload, unpack
 from ...errors import TransportError
 from .._interrupts import is_interrupt
-from .._results import MapJob
 from .._wire.slot_memory import Entry, Outcome, RecordError, Reference, RemoteError
+from .._work import Batch, Element, Job, MapJob
 from .regions import RegionStore, StoredRegion
-from .scheduler import Batch, Job
-from .worker import Worker
+from .worker import WorkerProcess
 
 __all__ = ["Claimed", "Delivery", "fail", "rebuild", "settle"]
 
@@ -63,14 +62,14 @@ class Delivery:
     def __init__(self, store: RegionStore) -> None:
         self._store = store
 
-    def claim(self, worker: Worker, entries: Iterable[Outcome]) -> list[Claimed]:
-        """Take over what the worker's entries refer to."""
+    def claim(self, process: WorkerProcess | None, entries: Iterable[Outcome]) -> list[Claimed]:
+        """Take over what the process's entries refer to."""
         claimed = []
         for kind, data in entries:
             if kind is Entry.REGION:
                 try:
                     reference = Reference.unpack(data)
-                    stored = worker.granted.pop(reference.region, None)
+                    stored = None if process is None else process.granted.pop(reference.region, None)
                     if stored is None:
                         raise RecordError(f"a reference to region {reference.region}, which was not granted")
                 except RecordError as error:
@@ -103,26 +102,26 @@ class Delivery:
         plain = numbers.tolist()
         if batch.chunk is None:
             for call, number in zip(batch.calls, plain, strict=False):
-                call.settle(True, number)
+                call._settle(True, number)
             for call, (ok, value) in zip(batch.calls[len(plain) :], results, strict=False):
                 settle(call, ok, value)
             return
         job, start = batch.chunk.job, batch.chunk.start
         assert isinstance(job, MapJob)
         if plain:
-            job.deliver(start, plain)
+            job._deliver(start, plain)
             start += len(numbers)
         if all(ok for ok, _ in results):
             values = [value for _, value in results]
             results.clear()  # who gets them must be the last to have them
             if values:
-                job.deliver(start, values)
+                job._deliver(start, values)
             return
         for index, (ok, value) in enumerate(results, start):
             if ok:
-                job.deliver(index, [value])
+                job._deliver(index, [value])
             else:
-                fail(job, index, value)
+                fail(Element(job, index, None), value)
 
     def _result(self, entry: Claimed, loads: Callable[[bytes], Any]) -> Result:
         try:
@@ -175,18 +174,19 @@ class _Unpicklable:
 def settle(call: Job, ok: bool, value: Any) -> None:
     """End a single call."""
     if isinstance(value, _Unpicklable):
-        value = call.unpicklable(value.value, value.reason)
-    call.settle(ok, value)
+        value = call._unpicklable(value.value, value.reason)
+    call._settle(ok, value)
 
 
-def fail(job: Job, index: int, error: Any) -> None:
+def fail(element: Element, error: Any) -> None:
     """End one element of a job, or a single call, with an error."""
+    job = element.job
     if not isinstance(job, MapJob):
         settle(job, False, error)
         return
     if isinstance(error, _Unpicklable):
-        error = job.unpicklable(error.value, error.reason)
-    job.fail(index, error)
+        error = job._unpicklable(error.value, error.reason)
+    job._fail(element.index, error)
 
 
 def rebuild(remote: RemoteError, loads: Callable[[bytes], Any] = pickle.loads) -> BaseException:

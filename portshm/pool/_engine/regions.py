@@ -64,7 +64,8 @@ class RegionStore:
     def __init__(self, backend: Backend, limit: int | None) -> None:
         self._backend = backend
         self._limit = limit
-        self._lock = threading.Lock()
+        # Reentrant: a signal handler may come within, and end the pool.
+        self.lock = threading.RLock()
         self._regions: dict[int, StoredRegion] = {}
         self._free: list[StoredRegion] = []
         self._next_id = 1
@@ -91,7 +92,7 @@ class RegionStore:
             RegionClosedError: after `close`.
         """
         size = _size_class(size)
-        with self._lock:
+        with self.lock:
             self._collect()
             fitting = [stored for stored in self._free if size <= stored.size <= 2 * size]
             if fitting:
@@ -115,15 +116,15 @@ class RegionStore:
             try:
                 region = create_region(size, self._backend)
             except RegionFullError:
-                with self._lock:
+                with self.lock:
                     self._drop_free(self._bytes)
                 region = create_region(size, self._backend)
         except BaseException:
-            with self._lock:
+            with self.lock:
                 self._bytes -= size
             raise
         stored = StoredRegion(id, region, size)
-        with self._lock:
+        with self.lock:
             if not self._closed:
                 self._regions[id] = stored
                 return stored
@@ -131,12 +132,12 @@ class RegionStore:
         raise RegionClosedError("the pool has ended")
 
     def add_user(self, id: int) -> None:
-        with self._lock:
+        with self.lock:
             self._regions[id].users += 1
 
     def id_at(self, address: str) -> int:
         """The id of the region at `address`, which has a user."""
-        with self._lock:
+        with self.lock:
             return next(stored.id for stored in self._regions.values() if stored.address == address)
 
     def release(self, id: int) -> None:
@@ -149,7 +150,7 @@ class RegionStore:
 
         In place it is a mapping of its own, and the region has one user more until that is deallocated.
         """
-        with self._lock:
+        with self.lock:
             self._collect()
             room = self._limit is None or self._leased_bytes + stored.size <= self._limit // 2  # the rest is for others
             if size < WORTH_A_MAPPING or len(self._leases) >= _MOST_LEASES or not room:
@@ -165,7 +166,7 @@ class RegionStore:
 
     def close(self) -> None:
         """Give all regions back to the system. Views that user code holds stay valid."""
-        with self._lock:
+        with self.lock:
             self._closed = True
             self._collect()
             for stored in [*self._regions.values(), *self._free]:

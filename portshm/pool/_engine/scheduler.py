@@ -1,226 +1,113 @@
 """The scheduler: pure state, events in, decisions out. No pipe, process, clock, lock or thread.
 
-States of a slot, and what moves it:
+Who may touch a worker is the state of its slot, and `holder`: a token that one thread made for one loading (or one
+start). The holder of a LOADING slot owns the slot's memory; of a RUNNING slot (a direct call) its pipe's reading end.
+Nobody else reaps, reads from or closes what has a holder.
 
-    ==========  ===========================  =========================================================
-    state       event                        decision
-    ==========  ===========================  =========================================================
-    STARTING    ready                        IDLE, or BUSY with a batch
-    STARTING    died                         start another, unless starts fail one after the other
-    IDLE        entry submitted              BUSY with a batch
-    IDLE        died                         start another
-    BUSY        done                         IDLE, BUSY with the next batch, or RETIRING
-    BUSY        done, could not be unpickled its elements one by one; a single one fails
-    BUSY        died                         see below; start another
-    RETIRING    died                         start another, unless the pool closes
-    any         ended                        ENDED: has what it has and gets no more; `died` follows
-    ==========  ===========================  =========================================================
+    =========  ============================  =============================================================
+    state      event                         what follows
+    =========  ============================  =============================================================
+    VACANT     hold, from `due`              STARTING with a holder: a process is being started
+    STARTING   let go, no process            VACANT
+    STARTING   ready                         IDLE
+    IDLE       assigned                      LOADING, with a batch and a holder
+    IDLE       retired                       LEAVING; it is told to
+    LOADING    handed over                   RUNNING; a direct call keeps its holder
+    LOADING    trimmed                       LOADING; what is beyond one message goes back to the queue
+    LOADING    unsendable, no room           IDLE; elements that cannot be pickled fail, the others go back
+    LOADING    interrupted                   IDLE; nobody has a result of what the thread was submitting
+    RUNNING    interrupted (a direct call)   LEAVING; nobody can say whether the frame went out: kill it
+    RUNNING    let go (a direct call)        RUNNING, without a holder: the loop reads
+    RUNNING    given back                    RUNNING; what had not begun goes back to the front of the queue
+    RUNNING    overdue                       RUNNING; to be asked to give back, as soon as somebody is idle
+    RUNNING    done                          IDLE, or LEAVING when it has done its tasks
+    RUNNING    unreadable                    IDLE; its elements one by one; a single one is blamed
+    RUNNING    condemned: late, cancelled    LEAVING, with its batch: kill it
+    any live   condemned: misused, silent    LEAVING, with its batch and its holder: kill it
+    any live   ended                         ENDED, with its batch and its holder: gets no more
+    LEAVING    done, given back              LEAVING
+    ENDED      done, given back              ENDED: what the pipe still held
+    ENDED      let go, interrupted           ENDED, without a holder: may be reaped
+    ENDED      died                          VACANT; see below
+    any        the pool's end                CLOSED; its batch fails, its holder, if any, closes what it held
+    CLOSED     anything                      CLOSED
+    =========  ============================  =============================================================
 
-When a worker dies over a batch, its memory tells how far it was:
+What a death means is said by a `Death` (`deaths.py`): the first `finished` elements are delivered, those up to `began`
+are blamed, the others go back to the front of the queue. Who is blamed is convicted, or run again alone in a fresh
+worker if its job allows retries. A batch that was being unpickled is run again one by one, which runs nothing twice,
+because nothing ran; a single element is blamed.
 
-- not read: nothing has happened; all elements go back to the front of the queue.
-- being unpickled: one of the elements may be the cause. A single one is the culprit; several are sent again one by
-  one, which runs nothing twice, because nothing ran.
-- running: the elements before `count` are finished and delivered; element `count` is the culprit; the others go
-  back to the front of the queue. The culprit is convicted, or run again alone in a fresh worker if its job allows
-  retries. Innocents are never counted.
-
-A culprit is at most one element, and nothing else that ran is run again.
+Nothing is assigned while something blocks it (`Blocked`): that is state of the scheduler, too.
 """
 
 from __future__ import annotations
 
 import enum
-import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import Final
 
-from .._wire.slot_memory import MAX_ELEMENTS, Mode, Phase
+from .._work import Batch, Element, Entry
+from .backlog import Backlog
+from .deaths import Death
 
-__all__ = ["Batch", "Chunk", "Job", "Scheduler", "Slot", "State", "Verdict"]
-
-# Seconds of work that one message should carry. Longer batches save nothing more and hold back what is behind a
-# slow element; shorter ones cost more for the message than for the work.
-_BATCH_SECONDS: Final = 0.001
-
-# A message that carries less work than this costs more than it carries.
-_LEAST_SECONDS: Final = 0.0003
-
-# Elements for the first batch of a job, of whose pace nothing is known.
-_UNKNOWN_PACE: Final = 16
-
-# Seconds after which the worker gives back what it has not begun of a batch: where the pace was not known, and where it
-# was and is no longer true.
-_PROBE: Final = 0.0002
-_PATIENCE: Final = 0.01
-
-# Bytes of payload in one batch of elements that are known to be large.
-_BATCH_BYTES: Final = 1 << 20
-
-# How much a new measurement that is slower counts against what is known of a job's pace.
-_NEW_WEIGHT: Final = 0.5
-
-
-class Job:
-    """Something whose elements are to be executed; the faces' results derive from it.
-
-    A job of mode CALLS is a single call and stands in the queue itself; others are queued in `Chunk`s.
-    """
-
-    __slots__ = ("attempts", "call", "pace", "retries", "timeout", "weight")
-
-    mode: Mode = Mode.CALLS
-    # Whether `begin` has to be asked: single calls of a pool cannot be cancelled.
-    cancellable = True
-    # How many tasks it is, as a chunk has some.
-    units = 1
-    # Whether its caller was told that it is running, and so that it cannot be cancelled any more.
-    begun = False
-
-    def __init__(self) -> None:
-        self.timeout: float | None = None  # seconds per element
-        self.retries = 0
-        self.attempts: dict[int, int] | None = None  # index -> crashes so far
-        self.pace: float | None = None  # seconds per element
-        self.weight = 0  # bytes per element, where they are many
-        # Function, args and kwargs of a single call; None once it is settled.
-        self.call: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
-
-    def begin(self) -> bool:
-        """Called when the job is about to be sent; False if it was cancelled meanwhile."""
-        return True
-
-    # What a single call has besides; jobs in chunks have their own.
-
-    def settle(self, ok: bool, value: Any) -> None:
-        """End it, with its result or its exception."""
-        raise NotImplementedError
-
-    def unpicklable(self, value: str, reason: BaseException) -> BaseException:
-        """The exception for a result that could not be pickled: its repr, and why."""
-        raise NotImplementedError
-
-
-class Chunk:
-    """Elements of a job that follow one another, of which batches are taken from the front.
-
-    Always whole units: of 1 where we may cut as we like, else of the user's chunksize. A unit starts at every
-    multiple of it, also where a crash has left half of one in the queue.
-    """
-
-    __slots__ = ("_at", "items", "job", "start", "unit")
-
-    def __init__(self, job: Job, start: int, items: Sequence[Any], unit: int = 1) -> None:
-        self.job = job
-        self.start = start  # index of the first element that is left
-        self.items = items
-        self.unit = unit
-        self._at = 0
-
-    @property
-    def units(self) -> int:
-        return -(-len(self) // self.unit)
-
-    def __len__(self) -> int:
-        return len(self.items) - self._at
-
-    def tasks(self, count: int) -> int:
-        """How many units begin in the next `count` elements, so that none is counted twice wherever it is cut."""
-        return -(-(self.start + count) // self.unit) - -(-self.start // self.unit)
-
-    def take(self, count: int) -> Sequence[Any]:
-        """The next `count` items, which the chunk no longer has."""
-        at, self._at = self._at, self._at + count
-        self.start += count
-        return self.items if at == 0 and self._at == len(self.items) else self.items[at : self._at]
-
-
-class Batch:
-    """What is sent in one message: calls, or consecutive elements of one map."""
-
-    __slots__ = ("calls", "chunk", "id", "job", "origin", "patience", "plain")
-
-    def __init__(self, id: int, calls: list[Job], chunk: Chunk | None, origin: deque[Job | Chunk]) -> None:
-        self.id = id
-        self.calls = calls
-        self.chunk = chunk
-        self.job = chunk.job if chunk is not None else calls[0]
-        self.origin = origin  # the queue it came from, where it goes back to if nothing of it was sent
-        self.plain: bool | None = None  # as `is_plain` of what it holds, once somebody has asked
-        self.patience = 0.0  # seconds after which the worker gives back what it has not begun; 0: it executes all
-
-    def __len__(self) -> int:
-        return len(self.chunk.items) if self.chunk is not None else len(self.calls)
-
-    @property
-    def mode(self) -> Mode:
-        return self.job.mode
-
-    def tasks(self, count: int | None = None) -> int:
-        """How many tasks the first `count` elements (all) are in the eyes of maxtasksperchild."""
-        count = len(self) if count is None else count
-        return count if self.chunk is None else self.chunk.tasks(count)
-
-    def owner(self, position: int) -> tuple[Job, int, Any]:
-        """Job, index in the job, and item of the element at `position`."""
-        if self.chunk is not None:
-            return self.chunk.job, self.chunk.start + position, self.chunk.items[position]
-        call = self.calls[position]
-        if call.call is None:
-            return call, 0, ()
-        _, args, kwargs = call.call
-        return call, 0, (args, dict(kwargs))  # the user's from here on
-
-    def rest(self, start: int, stop: int | None = None) -> list[Job | Chunk]:
-        """The elements from `start` to `stop` as entries of the queue."""
-        if self.chunk is None:
-            return list(self.calls[start:stop])
-        items = self.chunk.items[start:stop]
-        return [Chunk(self.chunk.job, self.chunk.start + start, items, self.chunk.unit)] if items else []
-
-    def cut(self, keep: int) -> None:
-        """Have the first elements only."""
-        del self.calls[keep:]
-        if self.chunk is not None:
-            self.chunk = Chunk(self.job, self.chunk.start, self.chunk.items[:keep], self.chunk.unit)
-
-    def one_by_one(self) -> list[Job | Chunk]:
-        return [entry for position in range(len(self)) for entry in self.rest(position, position + 1)]
+__all__ = ["Blocked", "Scheduler", "Slot", "State", "Why"]
 
 
 class State(enum.Enum):
+    VACANT = enum.auto()  # without a process
     STARTING = enum.auto()
     IDLE = enum.auto()
-    BUSY = enum.auto()
-    RETIRING = enum.auto()
-    ENDED = enum.auto()
+    LOADING = enum.auto()
+    RUNNING = enum.auto()
+    LEAVING = enum.auto()  # gets no more, and is expected to end
+    ENDED = enum.auto()  # its process has
+    CLOSED = enum.auto()  # the pool has
+
+
+class Why(enum.Enum):
+    """Why a slot is LEAVING."""
+
+    RETIRING = enum.auto()  # it has done its tasks
+    LATE = enum.auto()  # its element missed its deadline
+    CANCELLED = enum.auto()  # its element is not wanted any more
+    MISUSED = enum.auto()  # a task has made it none of ours
+    DISCONNECTED = enum.auto()  # its end of the pipe is closed
+    INTERRUPTED = enum.auto()  # nobody can say whether it has a batch
+
+
+class Blocked(enum.Enum):
+    """Why nothing is being sent although there is something queued and somebody idle."""
+
+    NO_ROOM = enum.auto()  # a batch found no room in the store; what is running will give some back
+    CONGESTED = enum.auto()  # results pile up before the serial thread
+    INTERRUPTED = enum.auto()  # Ctrl-C has ended an element: the program may be about to cancel the rest
+
+
+_LIVE: Final = frozenset((State.STARTING, State.IDLE, State.LOADING, State.RUNNING, State.LEAVING))
 
 
 class Slot:
-    """What the scheduler knows of one worker."""
+    """What the scheduler knows of one worker. Changed under the engine's lock only."""
 
-    __slots__ = ("batch", "fresh", "id", "state", "tasks_left")
+    __slots__ = ("batch", "fresh", "holder", "id", "state", "tasks_left", "why")
 
     def __init__(self, id: int, tasks: int | None) -> None:
         self.id = id
-        self.restart(tasks)
+        self.vacate(tasks)
 
-    def restart(self, tasks: int | None) -> None:
-        self.state = State.STARTING
+    def vacate(self, tasks: int | None) -> None:
+        self.state = State.VACANT
         self.batch: Batch | None = None
-        self.fresh = True
+        self.holder: object | None = None
+        self.fresh = True  # has executed nothing yet
         self.tasks_left = tasks
+        self.why: Why | None = None
 
-
-class Verdict:
-    """What follows from a batch that ended badly: who is to blame, if anybody."""
-
-    __slots__ = ("culprit", "finished")
-
-    def __init__(self, finished: int, culprit: tuple[Job, int, Any] | None) -> None:
-        self.finished = finished  # results on record to be delivered
-        self.culprit = culprit  # convicted: job, index, item
+    @property
+    def busy(self) -> bool:
+        return self.batch is not None
 
 
 class Scheduler:
@@ -230,365 +117,311 @@ class Scheduler:
         self._max_tasks = max_tasks
         self.slots = [Slot(id, max_tasks) for id in range(slots)]
         self._idle: deque[Slot] = deque()
-        self._queue: deque[Job | Chunk] = deque()
-        # Entries to be executed alone: suspects of a crash, and what was in a batch that could not be unpickled.
-        self._alone: deque[Job | Chunk] = deque()
-        self._retry: deque[Job | Chunk] = deque()  # alone and in a fresh worker
-        self._extra = 0  # elements in the queue beyond one per entry
-        self._special = 0  # entries in the queue that are not plain calls: chunks, and calls with a deadline
-        self.dropped: list[Chunk] = []  # taken out of the queue because their job is not to begin any more
-        self._next_batch = 1
-        # Calls have their pace and weight in common: most are never seen again.
-        self._call_pace: float | None = None
-        self._call_weight = 0
-        self.closing = False
+        self.backlog = Backlog(slots)
+        self._blocked: set[Blocked] = set()
+        self._overdue: set[Slot] = set()  # RUNNING with a batch that takes longer than batches should
 
     # -- what is there
 
     @property
     def waiting(self) -> bool:
         """Whether anything is queued."""
-        return bool(self._queue or self._alone or self._retry)
+        return bool(self.backlog)
 
     @property
     def has_idle(self) -> bool:
         """Whether an entry that is submitted now may be sent at once."""
-        return bool(self._idle) and not self.waiting
+        return bool(self._idle) and not self.backlog and not self._blocked
 
     @property
     def can_assign(self) -> bool:
         """Whether there may be both something queued and somebody idle."""
-        return bool(self._idle) and self.waiting
+        return bool(self._idle) and bool(self.backlog) and not self._blocked
 
     @property
     def idle(self) -> bool:
         """Whether nothing is queued and nothing is executing."""
-        return not self.waiting and all(slot.batch is None for slot in self.slots)
+        return not self.waiting and not any(slot.busy for slot in self.slots)
 
-    # -- events
+    # -- what is submitted
 
-    def submit(self, entry: Job | Chunk) -> Slot | None:
-        """Queue an entry; the idle slot that has got a batch for it, if there is one.
+    def submit(self, entry: Entry, token: object) -> Slot | None:
+        """Queue an entry; the idle slot that has got a batch for it, held by `token`, if there is one.
 
         Not if others were queued before it: a batch of this thread's has nothing in it but what this thread submits.
         """
-        first = bool(self._idle) and not self.waiting
-        self._queue.append(entry)
-        if type(entry) is Chunk or entry.timeout is not None:  # type: ignore[union-attr]
-            self._note(entry, 1)
-        return self.assign_idle() if first else None
+        first = self.has_idle
+        self.backlog.add(entry)
+        return self.assign(token) if first else None
 
-    def submit_more(self, entry: Job | Chunk) -> Slot | None:
+    def submit_more(self, entry: Entry, token: object) -> Slot | None:
         """Another idle slot that has got a batch of the same entry, if it is still the first in the queue."""
-        queue = self._queue
-        first = bool(self._idle) and bool(queue) and queue[0] is entry and not (self._alone or self._retry)
-        return self.assign_idle() if first else None
+        return self.assign(token) if self._idle and self.backlog.is_next(entry) else None
 
-    def repair(self) -> None:
-        """A thread was interrupted in the middle of `submit`: derive again what others may rely on."""
+    def end(self) -> list[Entry]:
+        """The pool has ended: all that was queued or with a worker, for it to fail."""
+        entries = self.backlog.drop()
         for slot in self.slots:
-            if slot.state is State.IDLE and slot.batch is None and slot not in self._idle:
-                self._idle.append(slot)
-        entries = [entry for entry in self._queue if isinstance(entry, Job) or len(entry)]
-        self._queue.clear()
-        self._queue.extend(entries)
-        self._note_all()
+            if slot.batch is not None:
+                entries += slot.batch.rest(0)
+                slot.batch = None
+            slot.state = State.CLOSED
+        self._idle.clear()
+        return entries
 
-    def assign_idle(self) -> Slot | None:
-        """Give an idle slot a batch, if there are both."""
-        while self._idle:
-            slot = self._idle.popleft()
-            if slot.state is not State.IDLE:
-                continue
-            if self._assign(slot):
-                return slot
-            self._idle.append(slot)
+    def cancel_queue(self) -> list[Entry]:
+        """Take everything out of the queue but calls that somebody was told are running.
+
+        Nor the first calls for which a worker is being started: their caller may count on it.
+        """
+        return self.backlog.cancel(keep=sum(slot.state is State.STARTING for slot in self.slots))
+
+    def block(self, reason: Blocked, yes: bool = True) -> None:
+        """Assign nothing, or again, as far as this reason goes."""
+        if yes:
+            self._blocked.add(reason)
+        else:
+            self._blocked.discard(reason)
+
+    # -- who gets what
+
+    def assign(self, token: object) -> Slot | None:
+        """Give an idle slot a batch, if there are both; it is LOADING, and `token` holds it."""
+        if self._blocked or not self.backlog:
             return None
+        for _ in range(len(self._idle)):  # one may be passed over: a retry wants a fresh worker
+            slot = self._idle.popleft()
+            if slot.state is State.IDLE:
+                if self._assign(slot, token):
+                    return slot
+                self._idle.append(slot)
         return None
 
-    def ready(self, slot: Slot) -> bool:
-        """The worker has started; whether it has got a batch."""
-        return self.free(slot)
+    def assign_to(self, slot: Slot, token: object) -> bool:
+        """As `assign`, but to this slot, which has just become idle."""
+        if slot.state is not State.IDLE or self._blocked or not self._assign(slot, token):
+            return False
+        if self._idle and self._idle[-1] is slot:
+            self._idle.pop()
+        else:
+            self._idle.remove(slot)
+        return True
 
-    def done(self, slot: Slot, finished: int, elapsed: float, *, more: bool = True) -> bool:
-        """The first `finished` elements have taken `elapsed` seconds, the others were given back.
+    def hold(self, slot: Slot, token: object) -> bool:
+        """Have a process started in the slot by whoever has the token, unless it has one or the pool has ended."""
+        if slot.state is not State.VACANT or slot.holder is not None:
+            return False
+        slot.state, slot.holder = State.STARTING, token
+        return True
 
-        Returns whether the slot has got another batch, as `free` does.
-        """
-        batch = slot.batch
-        assert batch is not None
-        self._note_pace(batch, elapsed / finished)
-        if finished < len(batch):
-            self._put_back(batch, batch.rest(finished))
-            if slot.tasks_left is not None:
-                slot.tasks_left += batch.tasks() - batch.tasks(finished)
-        slot.fresh = False
-        slot.batch = None
-        return self.free(slot, more=more)
+    # -- by the holder
 
-    def unreadable(self, slot: Slot) -> Verdict:
-        """Nothing of the batch ran, because it could not be unpickled."""
-        batch, slot.batch = slot.batch, None
-        assert batch is not None
-        slot.fresh = False
-        if slot.tasks_left is not None:
-            slot.tasks_left += batch.tasks()
-        return self._nothing_ran(batch, retry=False)  # it would fail in the same way again
+    def handed_over(self, slot: Slot, token: object) -> bool:
+        """The batch is in the memory, and the worker's from now on; whether it may be told."""
+        if slot.holder is not token or slot.state is not State.LOADING:
+            return False
+        slot.state = State.RUNNING
+        return True
+
+    def let_go(self, slot: Slot, token: object, *, started: bool = True) -> None:
+        """The holder needs the slot no more; what it has a batch for it keeps. Without a process nothing starts."""
+        if slot.holder is token:
+            slot.holder = None
+            if slot.state is State.STARTING and not started:
+                slot.vacate(self._max_tasks)
 
     def trim(self, slot: Slot, keep: int, size: int) -> None:
         """The slot's batch is `size` bytes, too many for one message: it keeps its first elements only."""
+        if slot.batch is not None:  # None: the pool has ended
+            self._return_tasks(slot, slot.batch, keep)
+            self.backlog.trim(slot.batch, keep, size)
+
+    def unsendable(self, slot: Slot, token: object, failed: Iterable[int]) -> None:
+        """The batch could not be pickled; `failed` are the positions that are to blame, the others go back."""
+        batch = slot.batch
+        if slot.holder is not token:
+            return
+        slot.holder = None
+        if batch is None:
+            return  # the pool has ended
+        self._return_tasks(slot, batch, 0)
+        self.backlog.put_back_but(batch, failed)
+        slot.batch = None
+        self._rest(slot)
+
+    def no_room(self, slot: Slot, token: object) -> None:
+        """The batch found no room in the store. What others have there they will give back."""
+        if slot.holder is token and slot.batch is not None:
+            self.unsendable(slot, token, ())
+            self.block(Blocked.NO_ROOM, any(other.busy for other in self.slots))
+
+    def interrupted(self, token: object) -> list[Slot]:
+        """An exception stopped the thread with this token somewhere. Returns the slots that it held.
+
+        What it was submitting nobody has got a result of. Workers of slots that are LEAVING now are to be killed.
+        """
+        let_go = []
+        for slot in self.slots:
+            if slot.holder is not token:
+                continue
+            let_go.append(slot)
+            slot.holder = None
+            if slot.state is State.LOADING:
+                if slot.batch is not None:
+                    self._return_tasks(slot, slot.batch, 0)
+                slot.batch = None
+                self._rest(slot)
+            elif slot.state is State.RUNNING:
+                slot.state, slot.why = State.LEAVING, Why.INTERRUPTED
+        self._repair()
+        return let_go
+
+    # -- by the worker's messages
+
+    def ready(self, slot: Slot) -> bool:
+        """The worker has started; False if it has said so before."""
+        if slot.state is not State.STARTING:
+            return False
+        self._rest(slot)
+        return True
+
+    def done(self, slot: Slot, finished: int, elapsed: float) -> None:
+        """The first `finished` elements have taken `elapsed` seconds, the others were given back."""
         batch = slot.batch
         assert batch is not None
-        weight = size // len(batch)
-        if batch.chunk is not None:
-            batch.job.weight = weight
-        else:
-            self._call_weight = weight
-        self._put_back(batch, batch.rest(keep))
-        if slot.tasks_left is not None:
-            slot.tasks_left += batch.tasks() - batch.tasks(keep)
-        batch.cut(keep)
+        if finished:
+            self.backlog.note_pace(batch, elapsed / finished)
+        if finished < len(batch):
+            self._return_tasks(slot, batch, finished)
+            self.backlog.put_back(batch, batch.rest(finished))
+        slot.fresh = False
+        self._overdue.discard(slot)
+        slot.batch = slot.holder = None
+        self._blocked.discard(Blocked.NO_ROOM)
+        self._rest(slot)
 
-    def lighten(self, batch: Batch) -> None:
-        """The batch turned out small: those after it need not be cut for their size."""
-        if batch.chunk is not None:
-            batch.job.weight = 0
-        else:
-            self._call_weight = 0
-
-    def unsendable(self, slot: Slot, failed: Iterable[int]) -> None:
-        """The batch could not be pickled; `failed` are the positions that are to blame, the others go back."""
-        batch, slot.batch = slot.batch, None
+    def unreadable(self, slot: Slot) -> list[Element]:
+        """Nothing of the batch ran, because it could not be unpickled; who is convicted of it."""
+        batch = slot.batch
         assert batch is not None
-        edges = [-1, *sorted(failed), len(batch)]
-        self._put_back(
-            batch, [entry for bad, next_bad in itertools.pairwise(edges) for entry in batch.rest(bad + 1, next_bad)]
-        )
-        if slot.tasks_left is not None:
-            slot.tasks_left += batch.tasks()
+        slot.fresh = False
+        self._overdue.discard(slot)
+        self._return_tasks(slot, batch, 0)
+        slot.batch = slot.holder = None
+        self._rest(slot)
+        return self.backlog.nothing_ran(batch, retry=False)  # it would fail in the same way again
+
+    def given_back(self, slot: Slot, kept: int) -> None:
+        """The elements from position `kept` on have not begun, and will not in this worker."""
+        batch = slot.batch
+        assert batch is not None
+        self._return_tasks(slot, batch, kept)
+        self.backlog.put_back(batch, batch.rest(kept))
+        batch.cut(kept)
+        self._overdue.discard(slot)
+
+    # -- by the clock
+
+    def overdue(self, slot: Slot, batch: Batch) -> None:
+        """The batch takes longer than batches should."""
+        if slot.batch is batch and slot.state is State.RUNNING and len(batch) > 1 and batch.patience:
+            self._overdue.add(slot)
+
+    @property
+    def can_recall(self) -> bool:
+        """Whether there may be a slot that is to be asked to give back, because others have nothing to do."""
+        return bool(self._overdue) and bool(self._idle) and not self.waiting
+
+    def recall(self) -> Slot | None:
+        """Such a slot; each is asked once."""
+        while self.can_recall:
+            slot = self._overdue.pop()
+            if slot.state is State.RUNNING and slot.batch is not None:
+                return slot
+        return None
+
+    def retire(self, slot: Slot) -> bool:
+        """The pool needs the worker no more, which has nothing to do; it is to be told to leave."""
+        if slot.state is not State.IDLE:
+            return False
+        slot.state, slot.why = State.LEAVING, Why.RETIRING
+        return True
+
+    def condemn(self, slot: Slot, why: Why) -> bool:
+        """The worker is to be killed; False if it is not, for what it is to be killed for is over, or has not begun."""
+        states = _LIVE if why in (Why.MISUSED, Why.DISCONNECTED) else (State.RUNNING,)
+        if slot.state not in states or (slot.state is State.LEAVING and slot.why is not Why.RETIRING):
+            return False
+        slot.state, slot.why = State.LEAVING, why
+        return True
+
+    # -- by the end of its process
 
     def ended(self, slot: Slot) -> None:
-        """The worker's process has ended; what it had is still to be looked at, and `died` to be told."""
-        slot.state = State.ENDED
+        """The worker's process has ended; what it has left is to be looked at when nobody holds it."""
+        if slot.state in _LIVE:
+            slot.state = State.ENDED
 
-    def died(self, slot: Slot, finished: int = 0, phase: Phase = Phase.SENT) -> Verdict:
-        """The worker's process has ended, having finished so much of its batch; the slot is STARTING again."""
-        batch = slot.batch
-        slot.restart(self._max_tasks)
-        if batch is None:
-            return Verdict(0, None)
-        if phase is Phase.UNPICKLING:
-            return self._nothing_ran(batch, retry=True)
-        if phase is Phase.SENT:
-            self._put_back(batch, batch.rest(0))
-            return Verdict(0, None)
-        # All finished and no `Done`: it died between two batches, and nobody is to blame.
-        culprit = self._suspect(batch, finished) if finished < len(batch) else None
-        self._put_back(batch, batch.rest(finished + 1))
-        return Verdict(finished, culprit)
+    def may_be_reaped(self, slot: Slot) -> bool:
+        """Whether its process has ended, and nobody holds it."""
+        return slot.state is State.ENDED and slot.holder is None
 
-    def free(self, slot: Slot, *, more: bool = True) -> bool:
-        """The slot has no batch (any more) and its worker is ready; whether it has got one.
+    def is_read_elsewhere(self, slot: Slot) -> bool:
+        """Whether what the worker says is read by its holder (a direct call), or by nobody any more."""
+        return slot.state is State.CLOSED or (slot.state is State.RUNNING and slot.holder is not None)
 
-        Without `more` it has not: who asks is to send nothing, or nothing yet.
-        """
-        if slot.state is State.ENDED:
-            return False
-        if slot.tasks_left is not None and slot.tasks_left <= 0:
-            slot.state = State.RETIRING
-            return False
-        if more and self._assign(slot):
-            return True
-        slot.state = State.IDLE
-        self._idle.append(slot)
-        return False
-
-    def drop_queue(self) -> list[Job | Chunk]:
-        """Take everything out of the queue, and so all that has not been sent."""
-        dropped = [*self._retry, *self._alone, *self._queue]
-        self._retry.clear()
-        self._alone.clear()
-        self._queue.clear()
-        self._special = self._extra = 0
-        return dropped
-
-    def cancel_queue(self, keep: int = 0) -> list[Job | Chunk]:
-        """As `drop_queue`, but for the first `keep` entries, if those are calls, and calls that were put back."""
-        first = set(itertools.takewhile(lambda entry: isinstance(entry, Job), itertools.islice(self._queue, keep)))
-        cancelled: list[Job | Chunk] = []
-        for queue in (self._retry, self._alone, self._queue):
-            entries = list(queue)
-            queue.clear()
-            for entry in entries:
-                stays = isinstance(entry, Job) and (entry in first or entry.begun)
-                (queue if stays else cancelled).append(entry)
-        self._note_all()
-        return cancelled
+    def died(self, slot: Slot, death: Death | None) -> list[Element]:
+        """What its process has left has been looked at; nothing, if it had no batch. Who is convicted of the death."""
+        batch, retry = slot.batch, slot.why is not Why.CANCELLED
+        if slot.state is State.CLOSED:
+            return []
+        slot.vacate(self._max_tasks)
+        self._overdue.discard(slot)
+        self._blocked.discard(Blocked.NO_ROOM)
+        if batch is None or death is None:
+            return []
+        if death.unpickling:
+            return self.backlog.nothing_ran(batch, retry=retry)
+        self.backlog.put_back(batch, batch.rest(death.began))
+        # Each retry wants a fresh worker, and one death brings but one.
+        retry = retry and death.began - death.finished == 1
+        suspects = [self.backlog.suspect(batch, at, retry=retry) for at in range(death.finished, death.began)]
+        return [element for element in suspects if element is not None]
 
     # -- decisions
 
-    def _assign(self, slot: Slot) -> bool:
-        batch = self._take(slot)
+    def _rest(self, slot: Slot) -> None:
+        """The slot has no batch any more."""
+        if slot.state not in (State.STARTING, State.LOADING, State.RUNNING):
+            return
+        if slot.tasks_left is not None and slot.tasks_left <= 0:
+            slot.state, slot.why = State.LEAVING, Why.RETIRING
+            return
+        slot.state = State.IDLE
+        self._idle.append(slot)
+
+    def _assign(self, slot: Slot, token: object) -> bool:
+        batch = self.backlog.take(fresh=slot.fresh, tasks_left=slot.tasks_left)
         if batch is None:
             return False
-        slot.batch = batch
-        slot.state = State.BUSY
+        slot.batch, slot.holder = batch, token
+        slot.state = State.LOADING
         if slot.tasks_left is not None:
             slot.tasks_left -= batch.tasks()
         return True
 
-    def _take(self, slot: Slot) -> Batch | None:
-        for queue, alone in ((self._retry, slot.fresh), (self._alone, True)):
-            while alone and queue:
-                entry = queue.popleft()
-                if isinstance(entry, Chunk):
-                    if entry.job.begin():
-                        return self._batch([], entry, queue)
-                    self.dropped.append(entry)
-                elif entry.begin():
-                    return self._batch([entry], None, queue)
-        queue = self._queue
-        while queue:
-            head = queue[0]
-            if isinstance(head, Chunk):
-                if head.job.begin():
-                    return self._take_chunks(slot)
-                queue.popleft()
-                self._note(head, -1)
-                self.dropped.append(head)
-                continue
-            calls = self._take_calls(slot)
-            if calls:
-                return self._batch(calls, None, queue)
-        return None
-
-    def _take_calls(self, slot: Slot) -> list[Job]:
-        """Calls from the head of the queue; none if those were all cancelled."""
-        queue = self._queue
-        first = queue[0]
-        assert isinstance(first, Job)
-        limit = 1 if first.timeout is not None else self._limit(self._call_pace, self._call_weight)
+    def _return_tasks(self, slot: Slot, batch: Batch, keep: int) -> None:
+        """What is behind the first `keep` elements does not count against the slot's tasks."""
         if slot.tasks_left is not None:
-            limit = min(limit, slot.tasks_left)
-        if self._special:
-            limit = self._plain_calls_ahead(limit)
-        popleft = queue.popleft
-        calls: list[Any] = [popleft() for _ in range(min(limit, len(queue)))]
-        if first.timeout is not None:
-            self._note(first, -1)
-        return [call for call in calls if call.begin()] if first.cancellable else calls
+            slot.tasks_left += batch.tasks() - batch.tasks(keep)
 
-    def _plain_calls_ahead(self, limit: int) -> int:
-        """How many calls, at most `limit`, come before the next entry that cannot be in the same batch."""
-        count = 1
-        while count < min(limit, len(self._queue)):
-            entry = self._queue[count]
-            if isinstance(entry, Chunk) or entry.timeout is not None:
-                break
-            count += 1
-        return count
-
-    def _take_chunks(self, slot: Slot) -> Batch:
-        queue = self._queue
-        first = queue[0]
-        assert isinstance(first, Chunk)
-        job, start, unit = first.job, first.start, first.unit
-        limit, most = self._limit(job.pace, job.weight), MAX_ELEMENTS
-        if slot.tasks_left is not None:  # up to where a unit begins that is one too many
-            most = min(most, unit * (slot.tasks_left - -start // unit) - start)
-        if job.timeout is not None or job.mode is Mode.VALUE:
-            # A deadline ends the worker, and must not end another element that happens to be executing when the
-            # kill arrives; alone in its batch, an element is either the late one or finished.
-            most = 1
-        if job.weight:
-            unit = 1  # large elements are not waited for in company, whatever the chunksize
-        elif job.pace is None and unit > 1:
-            limit = 1  # one unit at first: whole units are not given back
-        limit = min(limit, most)
-        items: Sequence[Any] = []
-        while queue and len(items) < limit:
-            chunk = queue[0]
-            if not isinstance(chunk, Chunk) or chunk.job is not job or chunk.start != start + len(items):
-                break
-            units = max((limit - len(items)) // unit, 0 if items else 1)
-            count = min(units * unit - chunk.start % unit, len(chunk), most - len(items))
-            if count <= 0:
-                break
-            self._note(chunk, -1)
-            taken = chunk.take(count)
-            items = [*items, *taken] if items else taken
-            if len(chunk):
-                self._note(chunk, 1)
-                break
-            queue.popleft()
-        return self._batch([], Chunk(job, start, items, first.unit), queue)
-
-    def _batch(self, calls: list[Job], chunk: Chunk | None, origin: deque[Job | Chunk]) -> Batch:
-        batch = Batch(self._next_batch, calls, chunk, origin)
-        pace, unit = (self._call_pace, 1) if chunk is None else (chunk.job.pace, chunk.unit)
-        if len(batch) > 1 and unit == 1:
-            batch.patience = _PROBE if pace is None else _PATIENCE
-        self._next_batch += 1
-        return batch
-
-    def _note(self, entry: Job | Chunk, sign: int) -> None:
-        """An entry that is not a plain call has come into the queue (1) or left it (-1)."""
-        self._special += sign
-        if isinstance(entry, Chunk):
-            self._extra += sign * (len(entry) - 1)
-
-    def _note_all(self) -> None:
-        self._special = self._extra = 0
-        for entry in self._queue:
-            if isinstance(entry, Chunk) or entry.timeout is not None:
-                self._note(entry, 1)
-
-    def _limit(self, pace: float | None, weight: int) -> int:
-        """Elements for one batch: about a millisecond of work, and towards the end a fair share of what is left."""
-        queued = len(self._queue) + self._extra
-        if queued <= len(self.slots):
-            # What is known of others' pace need not be true of these few, and who shares a batch waits for its slowest.
-            return 1
-        share = -(-queued // (2 * len(self.slots)))
-        if weight:
-            share = min(share, max(1, _BATCH_BYTES // weight))
-        if pace is None or weight:
-            return max(1, min(share, _UNKNOWN_PACE))
-        worthwhile = int(_LEAST_SECONDS / max(pace, 1e-9))
-        return max(1, min(int(_BATCH_SECONDS / max(pace, 1e-9)), max(share, worthwhile), MAX_ELEMENTS))
-
-    def _note_pace(self, batch: Batch, seconds: float) -> None:
-        known = batch.job.pace if batch.chunk is not None else self._call_pace
-        # What is quicker than was known is believed at once: the first elements of a job find everything cold, and
-        # if it is not true of those to come, the worker gives them back.
-        pace = seconds if known is None or seconds < known else known + _NEW_WEIGHT * (seconds - known)
-        if batch.chunk is not None:
-            batch.job.pace = pace
-        else:
-            self._call_pace = pace
-
-    def _nothing_ran(self, batch: Batch, *, retry: bool) -> Verdict:
-        if len(batch) == 1:
-            return Verdict(0, self._suspect(batch, 0) if retry else batch.owner(0))
-        self._alone.extend(batch.one_by_one())
-        return Verdict(0, None)
-
-    def _suspect(self, batch: Batch, position: int) -> tuple[Job, int, Any] | None:
-        """Convict the element, or queue it for another attempt if its job allows one."""
-        job, index, item = batch.owner(position)
-        if job.retries:
-            attempts = job.attempts = job.attempts or {}
-            attempts[index] = attempts.get(index, 0) + 1
-            if attempts[index] <= job.retries:
-                self._retry.extend(batch.rest(position, position + 1))
-                return None
-        return job, index, item
-
-    def _put_back(self, batch: Batch, entries: list[Job | Chunk]) -> None:
-        """To the front of the queue that the batch came from."""
-        batch.origin.extendleft(reversed(entries))
-        if batch.origin is not self._queue:
-            return
-        for entry in entries:
-            if isinstance(entry, Chunk) or entry.timeout is not None:
-                self._note(entry, 1)
+    def _repair(self) -> None:
+        """A thread was interrupted between any two steps: derive again what others may rely on."""
+        for slot in self.slots:
+            if slot.holder is None and slot.batch is None and slot.state in (State.LOADING, State.RUNNING):
+                self._rest(slot)
+            elif slot.state is State.IDLE:
+                slot.batch = slot.holder = None  # of what was being submitted
+                if slot not in self._idle:
+                    self._idle.append(slot)
+        self.backlog.repair()

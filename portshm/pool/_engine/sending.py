@@ -1,183 +1,140 @@
-"""Batches on their way to a worker: pickled, and put into the slot's memory or into a region of the store.
+"""From LOADING to RUNNING: load a batch and hand it over, or give it back.
 
-Done by the thread that was given the slot, be it the loop or one that submitted; several at once, for different slots.
+By whoever holds the slot: the loop, its serial thread, or a thread that submits. Loading may take its time and run user
+code. The hand-over is one step under the engine's lock: the slot is RUNNING, then the `Run` frame is written. That is
+sound only because the frame is tiny and writing never waits.
 """
 
 from __future__ import annotations
 
-import pickle
-import threading
-from collections.abc import Iterable, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterable
 
-from ..._buffers import raw_bytes
-from ..._payload import FIXED, Payload, Place, is_plain, pack, pack_batch
-from ...errors import PoolError
-from .._interrupts import is_interrupt
-from .._results import MapJob
 from .._wire.messages import Run
-from .._wire.slot_memory import PAYLOAD_MAX, Mode
-from .regions import RegionStore, StoredRegion, StoreFullError
-from .scheduler import Batch, Scheduler, Slot
-from .worker import Worker
+from .._work import Batch
+from .backlog import PATIENCE
+from .deadlines import Due
+from .delivery import fail
+from .loading import Loader, NoRoomError, UnsendableError
+from .pool_state import PoolState
+from .scheduler import Slot, State, Why
+from .serial_thread import SerialThread
+from .worker import Worker, WorkerProcess
 
-__all__ = ["Loader", "NoRoomError", "PackedFunction", "UnsendableError"]
-
-# Bytes of payload beyond which a batch of several elements is cut.
-_LARGE_BATCH: Final = 1 << 20
-
-
-class PackedFunction(NamedTuple):
-    """The function of a map as it is sent: pickled, or in a region of the store if it is large."""
-
-    pickled: bytes | None
-    stored: StoredRegion | None
-    places: tuple[Place, ...] = ()
+__all__ = ["Sender"]
 
 
-class UnsendableError(Exception):
-    """Elements of a batch (by position) that cannot be pickled."""
+class Sender:
+    """Any thread, for the slots that it holds."""
 
-    def __init__(self, failed: dict[int, BaseException]) -> None:
-        self.failed = failed
+    def __init__(self, state: PoolState, loader: Loader, serial: SerialThread) -> None:
+        self._lock = state.lock
+        self._scheduler = state.scheduler
+        self._workers = state.workers
+        self._deadlines = state.deadlines
+        self._loop = state.loop
+        self._loader = loader
+        self._serial = serial
 
-
-class NoRoomError(Exception):
-    """The store is full for now; other batches will give space back."""
-
-
-def _content(batch: Batch) -> Sequence[Any]:
-    return batch.chunk.items if batch.chunk is not None else [call.call for call in batch.calls]
-
-
-class Loader:
-    """`lock` is the scheduler's."""
-
-    def __init__(self, scheduler: Scheduler, lock: threading.RLock, store: RegionStore) -> None:
-        self._scheduler = scheduler
-        self._lock = lock
-        self._store = store
-
-    def load(self, worker: Worker, slot: Slot, batch: Batch) -> Run:
-        """Put the batch into memory. What goes wrong with it is an UnsendableError, whatever it was."""
-        entrusted: list[int] = []
-        functions = set(worker.functions)
-        try:
-            return self._load(worker, slot, batch, entrusted)
-        except BaseException as error:
-            # The worker is told nothing, so it has nothing.
-            for id in entrusted:
-                worker.regions.remove(id)
-                self._store.release(id)
-            worker.functions &= functions
-            if isinstance(error, (UnsendableError, NoRoomError)) or not isinstance(error, Exception):
-                raise
-            raise UnsendableError(dict.fromkeys(range(len(batch)), error)) from error
-
-    def _load(self, worker: Worker, slot: Slot, batch: Batch, entrusted: list[int]) -> Run:
-        stored: StoredRegion | None = None
-        if batch.mode is Mode.VALUE:
-            assert batch.chunk is not None
-            payload: bytes | memoryview = raw_bytes(batch.chunk.items[0])
-        else:
-            parcel = self._pack(batch)
-            if parcel.plain and len(parcel.stream) < PAYLOAD_MAX:
-                self._scheduler.lighten(batch)
-            elif len(batch) > 1 and parcel.size > _LARGE_BATCH:
-                # Large elements are not waited for in company.
-                with self._lock:
-                    self._scheduler.trim(slot, max(1, len(batch) * _LARGE_BATCH // parcel.size), parcel.size)
-                parcel = self._pack(batch)
-            payload = parcel.stream
-            if not parcel.plain or len(payload) > PAYLOAD_MAX:
-                stored = self._store_parcel(parcel)
-                payload = b""
-                self._entrust(worker, entrusted, stored.id, parcel.places.values())
-        head = b"" if batch.mode is Mode.CALLS else self._function_head(worker, batch, entrusted)
-        worker.load(batch.id, len(batch), payload, head, int(batch.patience * 1e9))
-        if stored is None:
-            return Run(batch.id, batch.mode)
-        return Run(batch.id, batch.mode, stored.id, stored.address)
-
-    def is_plain(self, batch: Batch) -> bool:
-        """Whether no user code can run as the batch is loaded."""
-        job = batch.job
-        if isinstance(job, MapJob) and job.packed_function is None and type(job.function) not in FIXED:
-            return False
-        if batch.plain is None:
-            batch.plain = batch.mode is Mode.VALUE or is_plain(_content(batch))
-        return batch.plain
-
-    def _pack(self, batch: Batch) -> Payload:
-        content = _content(batch)
-        try:
-            return pack_batch(content, self._store, plain=batch.plain)
-        except BaseException as error:
-            if is_interrupt(error):
-                raise
-            if len(content) == 1:
-                raise UnsendableError({0: error}) from error
-        # Which ones are to blame?
-        failed = {}
-        for position, item in enumerate(content):
-            try:
-                pack([item], self._store)
-            except BaseException as error:
-                if is_interrupt(error):
-                    raise
-                failed[position] = error
-        if not failed:  # each alone can be pickled: then each alone it is, whatever that was
-            raise UnsendableError({0: PoolError("could be pickled alone, but not together with others")})
-        raise UnsendableError(failed)
-
-    def _store_parcel(self, parcel: Payload) -> StoredRegion:
-        try:
-            stored = self._store.acquire(parcel.size)
-        except StoreFullError:
+    def send_leftovers(self) -> None:
+        """Give idle workers what is queued. By the loop, and so by the serial thread what may run user code."""
+        while True:
+            token = object()
             with self._lock:
-                busy = sum(slot.batch is not None for slot in self._scheduler.slots)
-            if busy > 1:
-                raise NoRoomError from None
-            stored = self._store.acquire(parcel.size, force=True)  # nobody else would ever make room
-        parcel.write_into(stored.view)
-        return stored
+                slot = self._scheduler.assign(token)
+            if slot is None:
+                return
+            self.pass_on(slot, token)
 
-    def _function_head(self, worker: Worker, batch: Batch, entrusted: list[int]) -> bytes:
-        job = batch.job
-        assert isinstance(job, MapJob)
-        if job.id in worker.functions:
-            return pickle.dumps((job.id, None, 0, ""), 5)
-        # Who comes second waits: it would take as long to make another copy, and as much memory.
-        with job.packing:
-            if job.packed_function is None:
-                try:
-                    job.packed_function = self._pack_function(job)
-                except BaseException as error:
-                    if is_interrupt(error):
-                        raise
-                    raise UnsendableError(dict.fromkeys(range(len(batch)), error)) from error
-            packed: PackedFunction = job.packed_function
-        worker.functions.add(job.id)
-        if packed.stored is None:
-            return pickle.dumps((job.id, packed.pickled, 0, ""), 5)
-        self._store.add_user(packed.stored.id)
-        self._entrust(worker, entrusted, packed.stored.id, packed.places)
-        return pickle.dumps((job.id, None, packed.stored.id, packed.stored.address), 5)
+    def pass_on(self, slot: Slot, token: object) -> None:
+        """Have a slot that the loop holds sent: here, or by the serial thread if user code may run."""
+        batch = slot.batch
+        if batch is None or self._loader.is_plain(batch):
+            self.send(slot, token)
+        else:
+            self._serial.run(lambda: self.send(slot, token), dropped=lambda _: self.let_go(slot, token))
 
-    def _entrust(self, worker: Worker, entrusted: list[int], id: int, places: Iterable[Place]) -> None:
-        """Note the regions that the worker holds from now on: a payload's, and those that its buffers lie in."""
-        ids = [id]
-        for place in places:
-            if place.region:
-                self._store.add_user(place.region)
-                ids.append(place.region)
-        worker.regions += ids
-        entrusted += ids
+    def send(self, slot: Slot, token: object, *, direct: bool = False) -> bool:
+        """Load the slot's batch and hand it over; whether that came about. What cannot be sent ends here.
 
-    def _pack_function(self, job: MapJob) -> PackedFunction:
-        parcel = pack(job.function, self._store)
-        if not parcel.plain or len(parcel.stream) > PAYLOAD_MAX:
-            stored = self._store.acquire(parcel.size, force=True)
-            parcel.write_into(stored.view)
-            return PackedFunction(None, stored, tuple(parcel.places.values()))
-        return PackedFunction(bytes(parcel.stream), None)
+        The holder lets go of the slot, unless it is a direct call and the batch is handed over.
+        """
+        worker, batch = self._workers[slot.id], slot.batch
+        process = worker.current
+        if batch is None or process is None:  # the pool has ended meanwhile
+            self.let_go(slot, token)
+            return False
+        try:
+            run = self._loader.load(worker, process, slot, batch)
+        except UnsendableError as error:
+            failed = [(batch.element(position), reason) for position, reason in error.failed.items()]
+            if self._give_back(slot, token, batch, error.failed):
+                for element, reason in failed:
+                    fail(element, reason)
+            return False
+        except NoRoomError:
+            with self._lock:
+                self._scheduler.no_room(slot, token)
+                state = slot.state
+            self._after(worker, state)
+            return False
+        return self._hand_over(slot, token, batch, run, direct=direct)
+
+    def _hand_over(self, slot: Slot, token: object, batch: Batch, run: Run, *, direct: bool) -> bool:
+        """The only way from LOADING to RUNNING."""
+        worker = self._workers[slot.id]
+        with self._lock:
+            process = worker.current
+            handed = process is not None and slot.batch is batch and self._scheduler.handed_over(slot, token)
+            if handed:
+                assert process is not None
+                self._write(slot, worker, process, run)
+                self._set_deadlines(slot, batch, worker.loaded_at)
+            if not (handed and direct):
+                self._scheduler.let_go(slot, token)
+                self._loop.listen(worker)
+            state = slot.state
+            waited_for = batch.timeout is not None or (len(batch) > 1 and self._scheduler.has_idle)
+        if waited_for:
+            self._loop.wake()  # there is a new deadline
+        if state not in (State.LOADING, State.RUNNING):
+            self._after(worker, state)
+        return handed
+
+    def _write(self, slot: Slot, worker: Worker, process: WorkerProcess, run: Run) -> None:
+        try:
+            worker.send_run(process, run)
+        except BlockingIOError:  # it has not read for some hundred frames
+            if self._scheduler.condemn(slot, Why.MISUSED):
+                process.note = "left the pool's pipe unread"
+                process.kill()
+        except OSError:
+            pass  # the process is gone, which the loop will notice
+
+    def _set_deadlines(self, slot: Slot, batch: Batch, now: float) -> None:
+        if batch.timeout is not None:
+            self._deadlines.set((Due.ELEMENT, slot.id), now + batch.timeout)
+        if len(batch) > 1 and batch.patience:
+            self._deadlines.set((Due.OVERDUE, slot.id), now + PATIENCE)
+
+    def let_go(self, slot: Slot, token: object) -> None:
+        """The holder needs the slot no more."""
+        with self._lock:
+            self._scheduler.let_go(slot, token)
+            state = slot.state
+        self._after(self._workers[slot.id], state)
+
+    def _give_back(self, slot: Slot, token: object, batch: Batch, failed: Iterable[int]) -> bool:
+        """Whether the batch was still the slot's, and so what has failed ours to tell of."""
+        with self._lock:
+            mine = slot.batch is batch
+            self._scheduler.unsendable(slot, token, failed)
+            state = slot.state
+        self._after(self._workers[slot.id], state)
+        return mine
+
+    def _after(self, worker: Worker, state: State) -> None:
+        """What was put off for as long as the slot had a holder; `state` as it was when that let go."""
+        if state is State.CLOSED:
+            worker.close_left()  # what the end of the pool has left to us
+        else:  # an ended process is to be reaped, and what went back to the queue is for others, or for this one again
+            self._loop.look_at(worker)

@@ -1,42 +1,42 @@
-"""The parent's side of one slot: start a process in it, send to it, stop it, read what it left, clean up.
+"""The parent's side of one worker: start a process, send to it, stop it, read what it left, reap it.
 
-The slot and its memory outlive its processes: what a worker was doing can be read after its death, and the next
-process takes the same place. Everything here is done by whoever the coordinator's state says has this worker:
-the thread that sends its batch, or the loop. Nothing here decides anything.
+The worker and its memory outlive its processes: what one was doing can be read after its death, and the next one takes
+the same place. Nothing here decides anything: who may call what is said by the state of the worker's slot.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ..._backends import Backend
 from ..._shared_mem import SharedMem
 from ...errors import HeaderError
 from .._child.server import ServeArgs, serve
 from .._interrupts import interrupts_blocked, interrupts_deferred
-from .._wire.messages import Message, Move, Stop
-from .._wire.pipe import PipeEnd, keep_from_children
+from .._wire.messages import Forget, Message, Move, Stop
 from .._wire.slot_memory import CAPACITY, SLOT_HEADER, Phase, SlotMemory
+from .channel import Channel, open_channel
 from .exit_status import describe_exit, oom_kills
 from .regions import StoredRegion
+from .teardown import try_all
 
 if TYPE_CHECKING:
     from .._wire.pipe import AnyConnection
 
-from .waiter import PipePoller
-
-__all__ = ["ExitReport", "Worker", "WorkerSettings"]
+__all__ = ["ExitReport", "Worker", "WorkerProcess", "WorkerSettings"]
 
 # Seconds that another thread has to note the exit code of a process it has reaped. It takes them all only where
 # children are reaped behind our back, as with SIGCHLD ignored.
-_NOTED_WITHIN = 0.5
+_NOTED_WITHIN: Final = 0.5
+
+# Frames that are sent in one go to a worker that does not execute anything: a pipe takes some 270.
+_FRAMES: Final = 64
 
 
 class WorkerSettings(NamedTuple):
@@ -50,7 +50,7 @@ class WorkerSettings(NamedTuple):
 
 
 class ExitReport(NamedTuple):
-    """What is known of a process that died."""
+    """What is known of a process that has ended."""
 
     pid: int | None
     exitcode: int | None
@@ -58,87 +58,24 @@ class ExitReport(NamedTuple):
     native_traceback: str
 
 
-class Worker:
-    """One slot."""
+class WorkerProcess:
+    """One process of a worker's, from its start until it is reaped, and what has been entrusted to it."""
 
-    def __init__(self, id: int, settings: WorkerSettings, life: AnyConnection) -> None:
-        self.id = id
-        self._settings = settings
-        self._life = life
-        self.slot = SlotMemory(self._create_memory())
-        self.process: BaseProcess | None = None
-        self.pipe: PipeEnd | None = None
-        self._pidfd: int | None = None
-        self._oom_kills: int | None = None
-        self.starts = 0
-        self.tasks_done = 0
-        # Threads by their identifiers: an interrupted thread must find what it had in hand.
-        self.sender: int | None = None  # puts a batch into the memory
-        self.reader: int | None = None  # reads from the pipe
-        self.died = False  # while somebody was sending, or talking to it
-        self.handed_over = 0  # the batch that it certainly has, and whose answer the loop will hear
-        self._begin_life()
-
-    def _begin_life(self) -> None:
-        """What is true of one process in the slot, and not of the next."""
+    def __init__(self, process: BaseProcess, channel: Channel, memory_address: str, kills: int | None) -> None:
+        self.process = process
+        self.channel = channel
+        self.memory_address = memory_address  # where it believes the slot's memory to be
         self.started_at = time.monotonic()
         self.ready = False
-        self.deaf = False  # its pipe is no longer listened to
-        self.attached = False  # the loop waits for its pipe; if not, whoever talks to it does
-        self._ears: Any = None
         self.stopped = False  # it was asked to leave
-        self.timed_out = False  # it was killed for a deadline
-        self.loaded = 0  # the batch that was put into the memory last
-        self.loaded_at = 0.0
-        self.kill_at: float | None = None  # when it is to be killed unless it has ended by itself
         self.note = ""  # what it did wrong, where the exit code does not tell
         self.start_error = ""
         self.regions: list[int] = []  # ids of regions that it holds, as often as they were sent to it
         self.granted: dict[int, StoredRegion] = {}  # regions for its results
         self.functions: set[int] = set()  # maps whose function it has
-
-    def start(self) -> None:
-        """Start a process in this slot. Returns before it is ready; OSError and the like if it cannot be started."""
-        settings = self._settings
-        ours, theirs = multiprocessing.Pipe(duplex=True)
-        # Before the fork: the child's copy of our end must go, or it would never see end-of-file.
-        keep_from_children(ours)
-        self.pipe = PipeEnd(ours)
-        self._begin_life()
-        self._check_memory()
-        self.slot.phase[0] = Phase.SENT
-        args = ServeArgs(theirs, self._life, str(self.slot.mem.address), settings.initializer, settings.initargs)
-        process = settings.context.Process(target=serve, args=(args,))  # type: ignore[attr-defined]
-        process.name = process.name.replace("Process", settings.name)
-        process.daemon = True
-        self._oom_kills = oom_kills()
-        try:
-            with interrupts_blocked(tracked=settings.context.get_start_method(allow_none=False) != "fork"):
-                process.start()
-        except BaseException:
-            self.pipe.close()
-            self.pipe = None
-            raise
-        finally:
-            theirs.close()
-        self.process = process
-        self.starts += 1
+        self.forgotten: list[int] = []  # of these, the ones that it is still to let go of
+        self._oom_kills = kills
         self._pidfd = _open_pidfd(process.pid)
-
-    def _create_memory(self) -> SharedMem:
-        return SharedMem.create(CAPACITY, backend=self._settings.backend, header=SLOT_HEADER)
-
-    def _check_memory(self) -> None:
-        """Have new memory if a wild process has overwritten the header of the old."""
-        try:
-            self.slot.mem.layout.check(memoryview(self.slot.area.obj))
-        except HeaderError:
-            self.close()
-            self.slot.adopt(self._create_memory())
-
-    @property
-    def pid(self) -> int | None:
-        return self.process.pid if self.process is not None else None
 
     @property
     def sentinel(self) -> int:
@@ -147,77 +84,157 @@ class Worker:
         A pidfd where there is one (Linux 5.3): the standard library's sentinel is a pipe under fork, which stays
         open for as long as a process that a task has forked.
         """
-        assert self.process is not None
         return self._pidfd if self._pidfd is not None else self.process.sentinel
 
-    def wait_readable(self) -> bool:
-        """Wait until it says something or has ended; whether there is something to be read."""
-        assert self.pipe is not None
-        if self._ears is None:
-            self._ears = PipePoller(self.pipe.fileno(), self.sentinel)
-        return self._ears.wait()  # type: ignore[no-any-return]
-
     def send(self, message: Message) -> None:
-        """Send a message; OSError if the process is gone."""
-        if self.pipe is None:
-            raise BrokenPipeError("no process in this slot")
-        self.pipe.send(message)
+        """Send without waiting; OSError if the process is gone or does not read."""
+        self.channel.send(message)
 
-    def load(self, batch: int, elements: int, payload: bytes | memoryview, head: bytes, patience: int) -> None:
-        """Put a batch into the slot's memory, which grows where it must. A `Run` message then hands it over."""
-        needed = self.slot.room_needed(elements, len(payload), len(head))
-        if needed > self.slot.mem.capacity:
-            with interrupts_deferred():
-                self.slot.mem.resize(max(needed, 2 * self.slot.mem.capacity))
-                self.slot.adopt(self.slot.mem)
-            with contextlib.suppress(OSError):  # the process is gone, which `Run` will show
-                self.send(Move(str(self.slot.mem.address)))
-        self.slot.prepare(batch, elements, payload, head, patience)
-        self.loaded, self.loaded_at = batch, time.monotonic()
+    def ask_back(self, message: Message) -> None:
+        """Have it give back what it has not begun; it may be gone."""
+        with contextlib.suppress(OSError):
+            self.channel.ask_back(message)
 
     def stop(self) -> None:
-        """Ask the process to leave when it is done; it may be gone already."""
+        """Ask it to leave when it is done; it may be gone already."""
         self.stopped = True
         with contextlib.suppress(OSError):
             self.send(Stop())
 
+    def forget(self) -> None:
+        """Have it let go of functions that are needed no more, now that it executes nothing and so reads."""
+        with contextlib.suppress(OSError):
+            for _ in range(min(len(self.forgotten), _FRAMES)):
+                self.send(Forget(self.forgotten[-1]))
+                self.forgotten.pop()
+
     def terminate(self) -> None:
         """SIGTERM, or TerminateProcess on Windows."""
-        if self.process is not None:
-            with contextlib.suppress(OSError):
-                self.process.terminate()
+        with contextlib.suppress(OSError):
+            self.process.terminate()
 
     def kill(self) -> None:
         """SIGKILL: ends processes that ignore SIGTERM or are stopped."""
-        if self.process is not None:
-            with contextlib.suppress(OSError):
-                self.process.kill()
+        with contextlib.suppress(OSError):
+            self.process.kill()
+
+    def reap(self) -> tuple[int | None, str]:
+        """Wait for its end, which is there or about to come: the exit code, and the cause in words."""
+        self.process.join()
+        exitcode = _exitcode(self.process)
+        now = oom_kills()
+        oom = now is not None and self._oom_kills is not None and now > self._oom_kills
+        return exitcode, describe_exit(exitcode, oom=oom)
+
+    def close(self) -> None:
+        """Close what we have of it; not the process object, of which others may still ask the exit code."""
+        pidfd, self._pidfd = self._pidfd, None
+        try:
+            self.channel.close()
+        finally:
+            if pidfd is not None:
+                os.close(pidfd)
+
+
+class Worker:
+    """One slot's memory, and the process in it, if there is one."""
+
+    def __init__(self, id: int, settings: WorkerSettings, life: AnyConnection) -> None:
+        self.id = id
+        self._settings = settings
+        self._life = life
+        self.memory = SlotMemory(self._create_memory())
+        self._address = str(self.memory.mem.address)
+        self.current: WorkerProcess | None = None
+        self.starts = 0
+        self.tasks_done = 0
+        self.loaded = 0  # the batch that was put into the memory last
+        self.loaded_at = 0.0
+
+    def start(self) -> WorkerProcess:
+        """Start a process. Returns before it is ready; OSError and the like if it cannot be started."""
+        settings = self._settings
+        self._check_memory()
+        self.memory.phase[0] = Phase.SENT
+        channel, theirs, recall = open_channel()
+        try:
+            args = ServeArgs(theirs, self._life, recall, self._address, settings.initializer, settings.initargs)
+            process = settings.context.Process(target=serve, args=(args,))  # type: ignore[attr-defined]
+            process.name = process.name.replace("Process", settings.name)
+            process.daemon = True
+            kills = oom_kills()
+            with interrupts_blocked(tracked=settings.context.get_start_method(allow_none=False) != "fork"):
+                process.start()
+        except BaseException:
+            channel.close()
+            raise
+        finally:
+            theirs.close()
+            recall.close()
+        self.current = WorkerProcess(process, channel, self._address, kills)
+        self.starts += 1
+        return self.current
+
+    def _create_memory(self) -> SharedMem:
+        return SharedMem.create(CAPACITY, backend=self._settings.backend, header=SLOT_HEADER)
+
+    def _check_memory(self) -> None:
+        """Have new memory if a wild process has overwritten the header of the old."""
+        try:
+            self.memory.mem.layout.check(memoryview(self.memory.area.obj))
+        except HeaderError:
+            self.close()
+            self._adopt(self._create_memory())
+
+    def _adopt(self, mem: SharedMem) -> None:
+        self.memory.adopt(mem)
+        self._address = str(mem.address)
+
+    @property
+    def pid(self) -> int | None:
+        current = self.current
+        return current.process.pid if current is not None else None
+
+    def load(self, batch: int, elements: int, payload: bytes | memoryview, head: bytes, patience: int) -> None:
+        """Put a batch into the slot's memory, which grows where it must. A `Run` message then hands it over."""
+        needed = self.memory.room_needed(elements, len(payload), len(head))
+        if needed > self.memory.mem.capacity:
+            with interrupts_deferred():
+                self.memory.mem.resize(max(needed, 2 * self.memory.mem.capacity))
+                self._adopt(self.memory.mem)
+        self.memory.prepare(batch, elements, payload, head, patience)
+        self.loaded, self.loaded_at = batch, time.monotonic()
+
+    def send_run(self, process: WorkerProcess, run: Message) -> None:
+        """Hand the memory over, after what the process has to know of it first. OSError as in `send`."""
+        if process.memory_address != self._address:  # derived, not remembered: who grew it may have been interrupted
+            process.send(Move(self._address))
+            process.memory_address = self._address
+        process.send(run)
 
     def reap(self) -> ExitReport:
         """Reap the process, which has ended or is about to, and let go of it. The memory stays."""
-        process = self.process
-        if process is None:
+        current = self.current
+        if current is None:
             return ExitReport(None, None, "never started", "")
-        process.join()
-        exitcode, pid = _exitcode(process), process.pid
-        now = oom_kills()
-        oom = now is not None and self._oom_kills is not None and now > self._oom_kills
-        trace = ""
-        if exitcode != 0:
-            trace = self.slot.trace()
-        if self.pipe is not None:
-            self.pipe.close()
-            self.pipe = None
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
-        self.process = None  # not closed: who has got it from the pool may still ask for its exit code
-        return ExitReport(pid, exitcode, describe_exit(exitcode, oom=oom), trace)
+        exitcode, cause = current.reap()
+        trace = self.memory.trace() if exitcode != 0 else ""
+        self.current = None
+        current.close()
+        return ExitReport(current.process.pid, exitcode, cause, trace)
+
+    def close_left(self) -> None:
+        """The pool has ended and nobody holds the slot: let go of the process, and give the memory back."""
+        current, self.current = self.current, None
+        of_process = [] if current is None else [current.process.join, current.close]
+        try_all([*of_process, self.memory.mem.unlink, self.memory.close])
 
     def close(self) -> None:
         """Give the slot's memory back."""
-        self.slot.mem.unlink()
-        self.slot.close()
+        try:
+            self.memory.mem.unlink()
+        finally:
+            self.memory.close()
 
 
 def _exitcode(process: BaseProcess) -> int | None:

@@ -14,6 +14,7 @@ __all__ = [
     "Done",
     "Forget",
     "GarbageError",
+    "GivenBack",
     "Grant",
     "Message",
     "Move",
@@ -23,8 +24,10 @@ __all__ = [
     "Run",
     "StartFailed",
     "Stop",
+    "TakeBack",
     "decode",
     "encode",
+    "released_ids",
 ]
 
 
@@ -64,6 +67,12 @@ class Forget(NamedTuple):
     function: int
 
 
+class TakeBack(NamedTuple):
+    """Give back what has not begun of this batch; answered by `GivenBack`, if it is executing."""
+
+    batch: int
+
+
 class Stop(NamedTuple):
     """Leave in an orderly way."""
 
@@ -98,7 +107,15 @@ class Done(NamedTuple):
     batch: int
     finished: int
     elapsed: int  # nanoseconds
+    interrupted: int = 0  # 1: an element of it was ended by Ctrl-C
     released: str = ""  # as in `Released`
+
+
+class GivenBack(NamedTuple):
+    """The elements of the batch from position `kept` on have not begun, and will not in this worker."""
+
+    batch: int
+    kept: int
 
 
 class Released(NamedTuple):
@@ -107,12 +124,14 @@ class Released(NamedTuple):
     ids: str
 
 
-Message: TypeAlias = Run | Grant | Move | Forget | Stop | Ready | StartFailed | Need | Done | Released
+Message: TypeAlias = (
+    Run | Grant | Move | Forget | Stop | TakeBack | Ready | StartFailed | Need | Done | Released | GivenBack
+)
 
 # The number of each type in a frame; a number is never given to another type.
 _TYPES: Final[dict[int, type[Message]]] = {
-    1: Run, 2: Grant, 3: Move, 4: Forget, 5: Stop,
-    11: Ready, 12: StartFailed, 13: Need, 14: Done, 15: Released,
+    1: Run, 2: Grant, 3: Move, 4: Forget, 5: Stop, 6: TakeBack,
+    11: Ready, 12: StartFailed, 13: Need, 14: Done, 15: Released, 16: GivenBack,
 }  # fmt: skip
 _KINDS: Final = {cls: kind for kind, cls in _TYPES.items()}
 
@@ -153,3 +172,13 @@ def decode(buffer: bytearray) -> Message | None:
     make: Any = _TYPES[kind]
     message: Message = make(*ints[:count], *((text,) if has_text else ()))
     return message
+
+
+def released_ids(text: str) -> list[int]:
+    """The ids in a `Released` or `Done`. GarbageError if they are none."""
+    if not text:
+        return []
+    parts = text.split(",")
+    if not all(part.isdecimal() and len(part) < 20 for part in parts):
+        raise GarbageError(text[:32].encode())
+    return [int(part) for part in parts]

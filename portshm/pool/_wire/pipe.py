@@ -101,6 +101,19 @@ class PipeEnd:
             while data:
                 data = data[os.write(self.connection.fileno(), data) :]
 
+    def send_nowait(self, message: Message) -> None:
+        """Send; BlockingIOError if the other side does not read, OSError if it is gone."""
+        data = encode(message)
+        if sys.platform == "win32":
+            self.connection.send_bytes(data)
+        elif os.write(self.connection.fileno(), data) < len(data):
+            raise BrokenPipeError("half a frame written")
+
+    @property
+    def partial(self) -> bool:
+        """Whether half a frame has come."""
+        return bool(self._buffer)
+
     def ask(self) -> None:
         """Wait a little for something to read, without sleeping. Returns after that in any case."""
         if sys.platform == "win32":
@@ -122,6 +135,8 @@ class PipeEnd:
         else:
             try:
                 data = os.read(self.connection.fileno(), _CHUNK)
+            except BlockingIOError:
+                return []
             except ConnectionResetError:
                 data = b""
             if not data:

@@ -1,4 +1,7 @@
-"""Two threads and one slot: each batch has one sender, and nobody else touches the slot's memory or its marks."""
+"""Two threads and one slot: each batch has one sender, and nobody else touches the slot's memory.
+
+That a sender which comes late changes nothing is a row of the scheduler's table (`test_scheduler.py`).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import pytest
 
 from portshm.pool import AsyncResult, Pool
 from portshm.pool._engine.scheduler import State
+from portshm.pool._work import TaskOptions
 from tests.pool.waiting import PATIENCE, until
 from tests.tasks import inc, wait_for
 
@@ -68,43 +72,6 @@ class Packed:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills by a signal")
-def test_a_sender_that_is_late_with_its_marks_does_not_take_those_of_the_next() -> None:
-    with one_worker() as (pool, worker, slot):
-        send, was_sent, may_end, is_loaded, may_send = worker.send, *(threading.Event() for _ in range(4))
-        receivers: list[int] = []  # the process in the slot when the batch had been loaded, and when it was sent
-
-        def held_up(message: Any) -> None:
-            if threading.current_thread() is late:
-                send(message)
-                was_sent.set()
-                may_end.wait(PATIENCE)
-            elif threading.current_thread() is following:
-                receivers.append(worker.pid)
-                is_loaded.set()
-                may_send.wait(PATIENCE)
-                receivers.append(worker.pid)
-                send(message)
-            else:
-                send(message)
-
-        late = Caller(lambda: pool.apply_async(inc, (1,)).get(PATIENCE))
-        following = Caller(lambda: pool.apply_async(inc, (2,)).get(PATIENCE))
-        worker.send = held_up
-        late.start()
-        assert was_sent.wait(PATIENCE)
-        until(lambda: slot.state is State.IDLE, "the answer to what was sent")
-        following.start()
-        assert is_loaded.wait(PATIENCE)
-        may_end.set()
-        assert late.outcome() == 2
-        os.kill(worker.pid, signal.SIGKILL)
-        until(lambda: worker.died or worker.starts == 2, "the death to be noticed")
-        may_send.set()
-        assert following.outcome() == 3
-        assert receivers[0] == receivers[1], "it would take the message for its own"
-
-
-@pytest.mark.skipif(os.name != "posix", reason="kills by a signal")
 def test_a_slot_is_given_to_nobody_while_its_process_is_buried() -> None:
     with one_worker() as (pool, worker, slot):
         reap, is_found_dead, may_go_on = worker.reap, threading.Event(), threading.Event()
@@ -136,11 +103,11 @@ def test_who_failed_to_send_does_not_send_what_another_thread_was_given() -> Non
         class Call(AsyncResult[int]):
             """One with a callback on the thread that settles it."""
 
-            def settle(self, ok: bool, value: Any) -> None:
+            def _settle(self, ok: bool, value: Any) -> None:
                 following.start()
                 until(lambda: packed.by, "the other thread to have the slot")
 
-        first = Caller(lambda: pool._engine.submit(Call(inc, (Unsendable(),), {}, pool._engine)))
+        first = Caller(lambda: pool._engine.submit(Call(inc, (Unsendable(),), {}, pool._engine, TaskOptions())))
         first.start()
         assert first.outcome() is None
         packed.may_go_on.set()
@@ -161,4 +128,4 @@ def test_who_talks_to_a_worker_sends_it_nothing_of_others(tmp_path: Path) -> Non
         go_on.touch()
         assert isinstance(talking.outcome(), int)
         assert other.get(PATIENCE) == 1
-        assert packed.by == [pool._engine._porter._thread]
+        assert packed.by == [pool._engine._turns.serial._thread]

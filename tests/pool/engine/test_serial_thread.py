@@ -108,7 +108,7 @@ def test_the_end_does_not_wait_for_it(gate: Gate, face: Any) -> None:
     with pytest.raises(PoolError):
         slow.get(PATIENCE) if face is Pool else slow.result(PATIENCE)
     gate.open()
-    until(lambda: not pool._engine._porter._thread.is_alive(), "what was given up to end, and change nothing")
+    until(lambda: not pool._engine._turns.serial._thread.is_alive(), "what was given up to end, and change nothing")
     with pytest.raises(PoolError):
         slow.get(PATIENCE) if face is Pool else slow.result(PATIENCE)
 
@@ -118,7 +118,7 @@ def test_results_that_nobody_can_take_yet_are_few(gate: Gate) -> None:
         results = [pool.apply_async(gated, (gate.path,)) for _ in range(100)]
         until(gate.reached, "one to be unpickled")
         until(lambda: {stats.state for stats in pool.stats()} == {"idle"}, "the workers to wait")
-        assert pool._engine._porter.left <= 3 * 2 + 2
+        assert pool._engine._turns.serial.left <= 3 * 2 + 2
         gate.open()
         assert all(isinstance(result.get(PATIENCE), int) for result in results)
 
@@ -137,26 +137,51 @@ def test_the_end_waits_for_results_otherwise(gate: Gate) -> None:
     assert slow.ready()
 
 
-def test_a_porter_s_order_and_its_end() -> None:
+def test_its_order_and_its_end() -> None:
     done: list[Any] = []
     told = threading.Semaphore(0)
-    porter = SerialThread(told.release)
-    assert porter.left == 0
+    serial = SerialThread("test", told.release)
+    assert serial.left == 0
     for number in range(5):
-        porter.run(lambda number=number: done.append(number), done.append)  # type: ignore[misc]
+        serial.run(lambda number=number: number, done.append)  # type: ignore[misc]
     assert all(told.acquire(timeout=PATIENCE) for _ in range(5))
     assert done == list(range(5))
-    porter.run(lambda: 1 // 0, done.append)  # type: ignore[arg-type, return-value]
+    serial.run(lambda: 1 // 0, done.append, done.append)
     assert told.acquire(timeout=PATIENCE)
     assert isinstance(done.pop(), ZeroDivisionError)
     entered, go_on = threading.Event(), threading.Event()
-    porter.run(lambda: (entered.set(), go_on.wait(PATIENCE)), done.append)  # type: ignore[arg-type, return-value]
-    porter.run(lambda: done.append("never"), done.append)
+    serial.run(lambda: (entered.set(), go_on.wait(PATIENCE)), lambda _: done.append("given up"), done.append)
+    serial.run(lambda: done.append("never"), done.append, done.append)
     assert entered.wait(PATIENCE)
+    assert serial.pause(0) is None, "it is at something"
     error = PoolError("the end")
-    porter.end(error)
+    serial.drop(error)
     assert done == [*range(5), error, error]
-    porter.join()
+    serial.join(wait=False)
     go_on.set()
-    until(lambda: porter._thread is not None and not porter._thread.is_alive(), "the thread")
-    assert done == [*range(5), error, error]
+    serial.join()
+    assert done == [*range(5), error, error], "what was given up changes nothing"
+
+
+def test_what_there_is_is_done_before_it_finishes() -> None:
+    done: list[Any] = []
+    serial = SerialThread("test")
+    for number in range(100):
+        serial.run(lambda number=number: done.append(number))  # type: ignore[misc]
+    serial.finish()
+    serial.join()
+    assert done == list(range(100))
+
+
+def test_while_it_is_paused_nothing_begins() -> None:
+    done: list[Any] = []
+    serial = SerialThread("test")
+    resume = serial.pause(0)
+    assert resume is not None
+    serial.run(lambda: done.append(1))
+    serial.finish()
+    assert serial.left == 1
+    assert not done
+    resume()
+    serial.join()
+    assert done == [1]

@@ -1,155 +1,117 @@
-"""When processes are started, and when no more; without any process."""
+"""When processes are started, and when no more; without any process or clock."""
 
 from __future__ import annotations
-
-import time
-from typing import Any
 
 import pytest
 
 from portshm import WorkerStartError
+from portshm.pool._engine.deadlines import Deadlines, Due
 from portshm.pool._engine.starts import Starts
-from portshm.pool._engine.worker import ExitReport
 
-OBITUARY = ExitReport(1, -9, "SIGKILL (killed)", "the trace")
-
-
-class FakeWorker:
-    def __init__(self) -> None:
-        self.process: object = None
-        self.start_error = ""
-        self.started_at = time.monotonic()
+NOW = 1000.0
 
 
-class System:
-    """Starts processes, or not."""
+class Trial:
+    """Starts at a moment that does not move, of worker 1."""
 
     def __init__(self) -> None:
-        self.started: list[Any] = []
-        self.problem: BaseException | None = None
-        self.given_up: list[WorkerStartError] = []
-        self.starts = Starts(self.launch, self.given_up.append)
+        self.deadlines = Deadlines()
+        self.starts = Starts(self.deadlines)
 
-    def launch(self, worker: Any) -> None:
-        if self.problem is not None:
-            raise self.problem
-        worker.process = object()
-        self.started.append(worker)
+    def failed(self, error: str = "", *, others_live: bool = False) -> WorkerStartError | None:
+        return self.starts.failed(1, NOW, error=error, detail="how it died", others_live=others_live)
 
-    def in_seconds(self) -> list[float]:
-        return [moment - time.monotonic() for moment in self.starts.moments]
+    def refused(self, *, others_live: bool = False) -> WorkerStartError | None:
+        return self.starts.refused(1, NOW, OSError("no more processes"), others_live=others_live)
+
+    def in_seconds(self) -> float | None:
+        """When it will be started; None if it will not."""
+        moment = self.deadlines.next()
+        if moment is None:
+            return None
+        assert self.deadlines.due(moment) == [(Due.START, 1)]
+        return moment - NOW
 
 
 @pytest.fixture
-def system() -> System:
-    return System()
+def trial() -> Trial:
+    return Trial()
 
 
-@pytest.fixture
-def worker() -> Any:
-    return FakeWorker()
-
-
-def test_before_any_was_ready_five_failures_are_enough(system: System, worker: Any) -> None:
+def test_before_any_was_ready_five_failures_are_enough(trial: Trial) -> None:
     for _ in range(4):
-        system.starts.failed(worker, OBITUARY)
-    assert system.started == [worker] * 4
-    assert not system.given_up
-    system.starts.failed(worker, OBITUARY)
-    assert system.started == [worker] * 4
-    assert [(error.reason, error.detail) for error in system.given_up] == [
-        ("5 workers in a row died before they were ready", "the last one: pid 1, SIGKILL (killed)\nthe trace")
-    ]
+        assert trial.failed() is None
+        assert trial.in_seconds() == 0.0
+    error = trial.failed()
+    assert error is not None
+    assert (error.reason, error.detail) == ("5 workers in a row died before they were ready", "how it died")
+    assert trial.in_seconds() is None
 
 
-def test_later_failures_are_waited_for_ever_longer(system: System, worker: Any) -> None:
-    system.starts.ready()
+def test_later_failures_are_waited_for_ever_longer(trial: Trial) -> None:
+    trial.starts.ready()
     distances = []
     for _ in range(19):
-        system.starts.failed(worker, OBITUARY)
-        distances += system.in_seconds()
-    assert not system.started
-    assert not system.given_up
-    assert distances == sorted(distances[:6]) + distances[6:], "they grow"
-    assert 0.9 < distances[-1] <= 1.0
-    system.starts.failed(worker, OBITUARY)
-    assert system.given_up
+        assert trial.failed() is None
+        distances.append(trial.in_seconds())
+    assert distances[:3] == pytest.approx([0.02, 0.04, 0.08])
+    assert distances[6:] == [1.0] * 13
+    assert trial.failed() is not None
 
 
-def test_one_that_is_ready_makes_up_for_all_failures(system: System, worker: Any) -> None:
+def test_failing_starts_never_end_workers_that_are_well(trial: Trial) -> None:
+    trial.starts.ready()
+    for _ in range(1000):
+        assert trial.failed(others_live=True) is None
+        assert trial.refused(others_live=True) is None
+        assert trial.in_seconds() is not None
+
+
+def test_one_that_is_ready_makes_up_for_all_failures(trial: Trial) -> None:
     for _ in range(10):
         for _ in range(4):
-            system.starts.failed(worker, OBITUARY)
-        system.starts.ready()
-    assert not system.given_up
+            assert trial.failed() is None
+        trial.starts.ready()
 
 
-def test_an_initializer_that_fails_is_not_tried_again(system: System, worker: Any) -> None:
-    system.starts.ready()
-    worker.start_error = "Traceback"
-    system.starts.failed(worker, OBITUARY)
-    assert [error.detail for error in system.given_up] == ["Traceback"]
-    assert not system.started
-    assert not system.starts.moments
+def test_an_initializer_that_fails_is_not_tried_again(trial: Trial) -> None:
+    trial.starts.ready()
+    error = trial.failed("Traceback", others_live=True)
+    assert error is not None
+    assert (error.reason, error.detail) == ("the workers' initializer failed", "Traceback")
+    assert trial.in_seconds() is None
 
 
-def test_one_that_died_over_a_task_is_replaced_at_once(system: System, worker: Any) -> None:
-    system.starts.again(worker, was_idle=False)
-    assert system.started == [worker]
+@pytest.mark.parametrize(("was_idle", "age", "wait"), [(False, 0.0, 0.0), (True, 0.1, 0.5), (True, 1.0, 0.0)])
+def test_only_one_that_died_idle_just_after_its_start_is_replaced_later(
+    trial: Trial, was_idle: bool, age: float, wait: float
+) -> None:
+    trial.starts.again(1, NOW, started_at=NOW - age, was_idle=was_idle)
+    assert trial.in_seconds() == wait
 
 
-def test_one_that_died_idle_just_after_its_start_is_replaced_later(system: System, worker: Any) -> None:
-    system.starts.again(worker, was_idle=True)
-    assert not system.started
-    assert 0.4 < system.in_seconds()[0] <= 0.5
-    system.starts.those_due()
-    assert not system.started
-    system.starts.cancel()
-    assert not system.starts.moments
-
-
-def test_one_that_died_idle_long_after_its_start_is_replaced_at_once(system: System, worker: Any) -> None:
-    worker.started_at -= 1
-    system.starts.again(worker, was_idle=True)
-    assert system.started == [worker]
-
-
-def test_where_the_system_starts_none_it_is_tried_again_a_few_times(system: System, worker: Any) -> None:
-    system.problem = OSError("no more processes")
+def test_where_the_system_starts_none_it_is_tried_again_a_few_times(trial: Trial) -> None:
     for _ in range(4):
-        system.starts.now(worker)
-    assert 0.4 < system.in_seconds()[0] <= 0.5
-    system.starts.now(worker)
-    assert [error.reason for error in system.given_up] == ["workers cannot be started"]
+        assert trial.refused() is None
+        assert trial.in_seconds() == 0.5
+    error = trial.refused()
+    assert error is not None
+    assert error.reason == "workers cannot be started"
+    assert "no more processes" in error.detail
 
 
-def test_on_demand(system: System) -> None:
-    workers: list[Any] = [FakeWorker() for _ in range(3)]
-    system.starts.hold_back(workers)
-    system.starts.more(0)
-    assert not system.started
-    system.starts.more(2)
-    assert system.started == [workers[2], workers[1]]
-    system.starts.more(5)
-    assert system.started == workers[::-1]
-    assert not system.starts.some_held_back
+def test_on_demand(trial: Trial) -> None:
+    trial.starts.hold_back([1, 2, 3])
+    assert [trial.starts.more(), trial.starts.more()] == [3, 2]
+    assert trial.starts.some_held_back
+    assert trial.starts.more() == 1
+    assert not trial.starts.some_held_back
+    assert trial.starts.more() is None
 
 
-def test_an_interrupted_start_on_demand_is_left_to_the_loop(system: System) -> None:
-    workers: list[Any] = [FakeWorker() for _ in range(2)]
-    system.starts.hold_back(workers)
-    system.problem = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
-        system.starts.more(1)
-    system.problem = None
-    system.starts.leave_to_the_loop()
-    assert not system.starts.some_held_back
-    system.starts.those_due()
-    assert system.started == workers
-
-
-def test_none_is_started_on_demand_after_the_end(system: System, worker: Any) -> None:
-    system.starts.hold_back([worker])
-    system.starts.end()
-    system.starts.more(1)
-    assert not system.started
+def test_what_is_cancelled_is_not_started(trial: Trial) -> None:
+    trial.starts.hold_back([2])
+    trial.starts.again(1, NOW, started_at=0.0, was_idle=False)
+    trial.starts.cancel()
+    assert trial.in_seconds() is None
+    assert trial.starts.more() is None

@@ -18,7 +18,7 @@ import pytest
 from portshm._backends import Backend
 from portshm._payload import read_payload, unpack
 from portshm.pool._engine.regions import RegionStore
-from portshm.pool._engine.worker import Worker, WorkerSettings
+from portshm.pool._engine.worker import Worker, WorkerProcess, WorkerSettings
 from portshm.pool._wire.messages import Done, Forget, Grant, Message, Need, Ready, Run, StartFailed
 from portshm.pool._wire.pipe import keep_from_children
 from portshm.pool._wire.slot_memory import Entry, Mode, Phase, Reference
@@ -46,18 +46,22 @@ def make(context: BaseContext, backend: Backend) -> Iterator[Make]:
     yield start
     writer.close()
     for worker in made:
-        if worker.process is not None:
-            worker.kill()
-            worker.reap()
-        worker.close()
+        if worker.current is not None:
+            worker.current.kill()
+        worker.close_left()
     life.close()
+
+
+def process_of(worker: Worker) -> WorkerProcess:
+    assert worker.current is not None
+    return worker.current
 
 
 def answers(worker: Worker, kind: type[Message]) -> Any:
     """The next message, which has to be one of this kind."""
-    assert worker.pipe is not None
-    assert worker.pipe.connection.poll(60)
-    (message,) = worker.pipe.receive()
+    channel = process_of(worker).channel
+    assert channel.connection.poll(60)
+    (message,) = channel.receive()
     assert type(message) is kind, message
     return message
 
@@ -66,15 +70,15 @@ def send(worker: Worker, batch: int, items: list[Any], function: Any = None, fun
     """A batch of calls, or of a map if there is a function."""
     if function is None:
         worker.load(batch, len(items), pickle.dumps(items), b"", 0)
-        worker.send(Run(batch, Mode.CALLS))
+        worker.send_run(process_of(worker), Run(batch, Mode.CALLS))
     else:
         head = pickle.dumps((function_id, None if function == "known" else pickle.dumps(function), 0, ""))
         worker.load(batch, len(items), pickle.dumps(items), head, 0)
-        worker.send(Run(batch, Mode.MAP))
+        worker.send_run(process_of(worker), Run(batch, Mode.MAP))
 
 
 def results(worker: Worker, count: int) -> list[Any]:
-    numbers, entries = worker.slot.outcomes(count, count)
+    numbers, entries = worker.memory.outcomes(count, count)
     return [*numbers, *(pickle.loads(data) for _, data in entries)]
 
 
@@ -91,7 +95,7 @@ def test_batches_of_calls_and_maps(make: Make) -> None:
     send(worker, 3, [5], "known")
     assert answers(worker, Done)[:2] == (3, 1)
     assert results(worker, 1) == [6]
-    worker.send(Forget(1))
+    process_of(worker).send(Forget(1))
     send(worker, 4, [5], "known")
     assert answers(worker, Done).finished == -1, "it has been told to forget this function"
 
@@ -100,29 +104,28 @@ def test_stop_is_an_orderly_end(make: Make) -> None:
     worker = make()
     answers(worker, Ready)
     pid = worker.pid
-    worker.stop()
-    assert multiprocessing.connection.wait([worker.sentinel], 60)
+    process_of(worker).stop()
+    assert multiprocessing.connection.wait([process_of(worker).sentinel], 60)
     assert worker.reap() == (pid, 0, "exited with 0", "")
     assert worker.pid is None
-    with pytest.raises(BrokenPipeError):
-        worker.send(Forget(1))
+    assert worker.current is None
 
 
 def test_the_slot_outlives_its_process(make: Make, log: str) -> None:
     worker = make()
     answers(worker, Ready)
-    address = worker.slot.mem.address
+    address = worker.memory.mem.address
     steps = [tasks.Step(log, number, "SIGKILL" if number == 2 else "") for number in range(5)]
     send(worker, 1, steps, tasks.run)
-    assert multiprocessing.connection.wait([worker.sentinel], 60)
+    assert multiprocessing.connection.wait([process_of(worker).sentinel], 60)
     report = worker.reap()
     assert (report.exitcode, report.cause) == (-signal.SIGKILL, "SIGKILL (killed)")
-    assert worker.slot.progress(1) == (2, Phase.RUNNING)
+    assert worker.memory.progress(1) == (2, Phase.RUNNING)
     assert results(worker, 2) == [0, 10]
-    assert pickle.loads(worker.slot.mem.value_copy()) == steps, "what it was given is there still"
+    assert pickle.loads(worker.memory.mem.value_copy()) == steps, "what it was given is there still"
     worker.start()
     assert answers(worker, Ready).pid == worker.pid != report.pid
-    assert worker.slot.mem.address == address
+    assert worker.memory.mem.address == address
     send(worker, 2, [(tasks.inc, (1,), {})])
     answers(worker, Done)
     assert results(worker, 1) == [2]
@@ -144,7 +147,7 @@ def test_an_exit_code_is_known_also_when_another_thread_reaps(make: Make, contex
         for reaper in reapers:
             reaper.start()
         for _ in range(10):
-            worker.kill()
+            process_of(worker).kill()
             assert worker.reap().exitcode == -signal.SIGKILL
             worker.start()
     finally:
@@ -156,12 +159,12 @@ def test_an_exit_code_is_known_also_when_another_thread_reaps(make: Make, contex
 def test_the_memory_grows_and_the_worker_moves_with_it(make: Make) -> None:
     worker = make()
     answers(worker, Ready)
-    capacity = worker.slot.mem.capacity
+    capacity = worker.memory.mem.capacity
     payload = bytes(3 * capacity)
     send(worker, 1, [(len, (payload,), {})])
     answers(worker, Done)
     assert results(worker, 1) == [len(payload)]
-    assert worker.slot.mem.capacity > capacity
+    assert worker.memory.mem.capacity > capacity
     send(worker, 2, [(tasks.inc, (1,), {})])
     answers(worker, Done)
     assert results(worker, 1) == [2]
@@ -174,11 +177,11 @@ def test_a_large_result_asks_for_a_region(make: Make, backend: Backend) -> None:
     try:
         send(worker, 1, [(tasks.filled, ((3, 1_000_000),), {})] * 2)
         stored = store.acquire(answers(worker, Need).size)
-        worker.send(Grant(stored.id, stored.size, stored.address))
+        process_of(worker).send(Grant(stored.id, stored.size, stored.address))
         answers(worker, Need)
-        worker.send(Grant(0, 0, "there is no room"))
+        process_of(worker).send(Grant(0, 0, "there is no room"))
         answers(worker, Done)
-        _, (good, bad) = worker.slot.outcomes(2, 2)
+        _, (good, bad) = worker.memory.outcomes(2, 2)
         assert good.kind is Entry.REGION
         assert Reference.unpack(good.data).region == stored.id
         assert unpack(read_payload(stored.view)) == bytes([3]) * 1_000_000
@@ -192,9 +195,9 @@ def test_a_payload_that_cannot_be_unpickled(make: Make) -> None:
     worker = make()
     answers(worker, Ready)
     worker.load(1, 3, b"no pickle", b"", 0)
-    worker.send(Run(1, Mode.CALLS))
+    worker.send_run(process_of(worker), Run(1, Mode.CALLS))
     assert answers(worker, Done).finished == -1
-    _, (entry,) = worker.slot.outcomes(1, 1)
+    _, (entry,) = worker.memory.outcomes(1, 1)
     assert "UnpicklingError" in pickle.loads(entry.data).text
     send(worker, 2, [(tasks.inc, (1,), {})])
     assert answers(worker, Done).finished == 1
@@ -213,7 +216,7 @@ def test_an_initializer_that_raises_tells_its_traceback(make: Make, log: str) ->
     message = answers(worker, StartFailed)
     assert "no database" in message.text
     assert "start_badly" in message.text
-    assert multiprocessing.connection.wait([worker.sentinel], 60)
+    assert multiprocessing.connection.wait([process_of(worker).sentinel], 60)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
@@ -238,9 +241,9 @@ def test_it_leaves_when_nobody_holds_its_life(context: BaseContext, backend: Bac
 def test_names_and_flags(make: Make) -> None:
     worker = make()
     answers(worker, Ready)
-    assert worker.process is not None
-    assert "TestWorker-" in worker.process.name
-    assert worker.process.daemon
+    process = process_of(worker).process
+    assert "TestWorker-" in process.name
+    assert process.daemon
     send(worker, 1, [(tasks.pid, (), {})])
     answers(worker, Done)
     assert results(worker, 1) == [worker.pid]

@@ -36,7 +36,7 @@ MESSAGES: list[Message] = [
     StartFailed("Traceback\n" * 100),
     Need(0),
     Done(5, -1, 10**15),
-    Done(5, 3, 0, "1,2,3"),
+    Done(5, 3, 0, 1, "1,2,3"),
     Released(""),
 ]
 

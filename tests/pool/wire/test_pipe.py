@@ -40,13 +40,13 @@ def test_messages_both_ways(ends: Ends) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="messages come whole there")
 def test_half_a_message_does_not_block(ends: Ends) -> None:
     ours, theirs = ends
-    frame = encode(Done(1, 2, 3, "4"))
+    frame = encode(Done(1, 2, 3, 0, "4"))
     os.write(theirs.fileno(), frame[:20])
     assert ours.receive() == []
     os.write(theirs.fileno(), frame[20:] + frame[:5])
-    assert ours.receive() == [Done(1, 2, 3, "4")]
+    assert ours.receive() == [Done(1, 2, 3, 0, "4")]
     os.write(theirs.fileno(), frame[5:])
-    assert ours.receive() == [Done(1, 2, 3, "4")]
+    assert ours.receive() == [Done(1, 2, 3, 0, "4")]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="messages come whole there")
