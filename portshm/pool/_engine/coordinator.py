@@ -67,8 +67,11 @@ class WorkerStats(NamedTuple):
     shared_bytes: int
 
 
-class ClosedError(Exception):
-    """Submitted after `close`."""
+class ClosedError(ValueError):
+    """Submitted after `close`; what `multiprocessing.Pool` raises then, also where `close` comes in between."""
+
+    def __init__(self) -> None:
+        super().__init__("Pool not running")
 
 
 class Coordinator:
@@ -276,12 +279,13 @@ class Coordinator:
         Returns at once where that would never be: in the pool's own threads, and where this thread has been interrupted
         while it held what the end needs (a signal handler, a destructor). The end comes all the same.
         """
-        serial = self._turns.serial
-        own = self._loop.is_current or serial.is_current or self._callbacks.is_current
+        serial, starter = self._turns.serial, self._turns.starter
+        own = self._loop.is_current or serial.is_current or starter.is_current or self._callbacks.is_current
         if self.inherited or own or self._state.is_held_here():
             return
         self._loop.join()
         serial.join(wait=False)
+        starter.join()  # what it is just starting it ends itself
         self._callbacks.join(wait=callbacks)
 
     def stop_reading(self, error: BaseException) -> None:

@@ -49,7 +49,7 @@ class PoolTurns:
         self._callbacks = callbacks
         # For what may run user code in the loop's stead: sending, and results. And starts, which pickle `initargs`.
         self.serial = SerialThread("portshm-serial", self._was_done)
-        self._starter = SerialThread("portshm-starter")
+        self.starter = SerialThread("portshm-starter")
         self.loader = Loader(state.scheduler, state.lock, state.store)
         self.sender = Sender(state, self.loader, self.serial)
         self.receiver = Receiver(state, self.serial, self.sender)
@@ -113,7 +113,7 @@ class PoolTurns:
 
     def _start(self, id: int, now: float) -> None:
         # In a thread of its own: it may take long, and pickle objects of the user's (spawn, forkserver).
-        self._starter.run(functools.partial(self._start_apart, id))
+        self.starter.run(functools.partial(self._start_apart, id))
 
     def _start_apart(self, id: int) -> None:
         resume = self.serial.pause(_FORK_ANYWAY)
@@ -307,7 +307,7 @@ class PoolTurns:
             functools.partial(state.fail_all, entries),
             *(functools.partial(job._abort, state.end_error()) for job in jobs),
             functools.partial(self.serial.drop, error),
-            functools.partial(self._starter.drop, error),
+            functools.partial(self.starter.drop, error),
             *(worker.close_left for worker in free),
             state.store.close,
             self._close_loop,

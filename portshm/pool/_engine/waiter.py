@@ -106,13 +106,14 @@ else:
         def add(self, obj: Any, key: Any) -> None:
             """Wait for `obj` (a descriptor, or something with one) too, and say `key` when it is ready."""
             if obj not in self._known:
-                self._selector.register(obj, selectors.EVENT_READ, key)
+                with contextlib.suppress(KeyError):  # it is there, and who said so was interrupted before the next line
+                    self._selector.register(obj, selectors.EVENT_READ, key)
                 self._known.add(obj)
 
         def remove(self, obj: Any) -> None:
             """Wait for it no longer, if we do. Before it is closed."""
             if obj in self._known:
-                self._known.discard(obj)
+                self._known.discard(obj)  # first: interrupted here, the next `add` still says what is true
                 with contextlib.suppress(KeyError, ValueError):
                     self._selector.unregister(obj)
 
