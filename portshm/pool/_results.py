@@ -181,7 +181,10 @@ class AsyncResult(Job, Outcome[T]):
         if not ok and self._options.on_crash == "return" and isinstance(value, WorkerCrashed):
             ok = True
         self._call = None  # the result may live long; what it was computed from need not
-        self._end(ok, value)
+        if self._callback is None and self._error_callback is None:
+            self._finish(ok, value)
+        else:
+            self._end(ok, value)
 
 
 class Condition(threading.Condition):

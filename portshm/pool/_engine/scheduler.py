@@ -150,7 +150,7 @@ class Scheduler:
 
         Not if others were queued before it: a batch of this thread's has nothing in it but what this thread submits.
         """
-        first = self.has_idle
+        first = bool(self._idle) and self.has_idle  # mostly there is none
         self.backlog.add(entry)
         return self.assign(token) if first else None
 
